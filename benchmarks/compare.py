@@ -1,0 +1,119 @@
+"""`python -m benchmarks.compare A.json B.json`: what got faster or slower beyond noise, from A to B.
+
+A and B are results of the same benchmark, or two reports. A difference counts where the quartiles of the two
+do not overlap and the medians differ by more than 2 %.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from benchmarks.measure import finish, one_line_errors, read_json, table
+from nanogpt.errors import UserError
+
+SMALLEST_CHANGE = 0.02
+HIGHER_IS_BETTER = ("tokens_per_second", "speedup")
+MEMORY_KEYS = ("steps", "peak_growth_bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Say what changed between two results."""
+
+    before: Annotated[Path, tyro.conf.Positional]
+    """JSON of a benchmark or of a report."""
+    after: Annotated[Path, tyro.conf.Positional]
+    """The same, later."""
+
+
+def spreads(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """(path, spread) of whatever was measured several times, and of peak memory (a point)."""
+    if isinstance(value, dict):
+        if {"median", "low", "high"} <= set(value):
+            yield path, value
+            return
+        for key, part in value.items():
+            if key in MEMORY_KEYS and isinstance(part, int):
+                yield f"{path}/{key}", {"median": part, "low": part, "high": part}
+            yield from spreads(part, f"{path}/{label_of(part, key)}")
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from spreads(part, f"{path}/{label_of(part, str(number))}")
+
+
+def label_of(part: Any, key: str) -> str:
+    """What a part is called: rows by their work, so that a row is found again wherever it stands."""
+    work = part.get("work") if isinstance(part, dict) else None
+    if not isinstance(work, dict) or "batch_size" not in work:
+        return key
+    model, compiled = work["model"], "compiled" if work["compile"] else "eager"
+    return (
+        f"{model['n_layer']}x{model['n_embd']} {work['batch_size']}x{model['block_size']} "
+        f"{work['precision']} {work['attention']} {compiled}"
+    )
+
+
+def verdict(path: str, before: dict[str, float], after: dict[str, float]) -> str:
+    """ "better", "worse" or "same"."""
+    if not before["median"] or abs(after["median"] / before["median"] - 1) <= SMALLEST_CHANGE:
+        return "same"
+    if before["low"] <= after["high"] and after["low"] <= before["high"]:
+        return "same"
+    grew = after["median"] > before["median"]
+    return "better" if grew == any(word in path for word in HIGHER_IS_BETTER) else "worse"
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry for each number that both have."""
+    if before.get("benchmark") != after.get("benchmark"):
+        kinds = f"a result of {before.get('benchmark')} and one of {after.get('benchmark')}"
+        raise UserError(f"{kinds}, expected two of the same benchmark")
+    old, new = dict(spreads(before)), dict(spreads(after))
+    return [
+        {
+            "number": path.lstrip("/"),
+            "before": old[path]["median"],
+            "after": new[path]["median"],
+            "verdict": verdict(path, old[path], new[path]),
+        }
+        for path in old
+        if path in new
+    ]
+
+
+def main() -> None:
+    with one_line_errors():
+        config = tyro.cli(CompareConfig)
+        before, after = read_json(config.before), read_json(config.after)
+        entries = compare(before, after)
+        if hardware_of(before) != hardware_of(after):
+            print(f"not the same hardware: {hardware_of(before)} and {hardware_of(after)}", file=sys.stderr)
+    rows = [
+        [
+            entry["number"],
+            f"{entry['before']:.5g}",
+            f"{entry['after']:.5g}",
+            f"{entry['after'] / entry['before'] - 1:+.1%}" if entry["before"] else "",
+            entry["verdict"],
+        ]
+        for entry in entries
+    ]
+    print(table(["number", "before", "after", "change", "beyond noise"], rows))
+    counts = {
+        word: sum(entry["verdict"] == word for entry in entries) for word in ("better", "worse", "same")
+    }
+    finish({"benchmark": "compare", "counts": counts, "entries": entries})
+
+
+def hardware_of(result: dict[str, Any]) -> str:
+    """Where a result was measured."""
+    facts = result.get("facts", {})
+    return f"{facts.get('hardware')}, {facts.get('cores')} cores"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`python -m benchmarks.data`: how fast the loader makes batches, mapped and with `pread`, and whether memory
+stays flat.
+
+The file is 1 GB of random token ids, just written, so it lies in the page cache: this is the speed of the
+loader, not of a disk. Every window of it is read once, in the order of training, as training batches.
+"""
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
+from benchmarks.worker import peak_bytes, reset_peak, resident_bytes
+from nanogpt.data import BatchSpec, MappedTokens, PreadTokens, Tokens, batch_at, prefetch, window_count
+from nanogpt.errors import UserError
+from nanogpt.units import format_bytes, format_count
+
+READERS = {"mapped": MappedTokens, "pread": PreadTokens}
+GOALS = {"mapped": 50e6, "pread": 20e6}
+"""Tokens a second; a GPU takes about 0.5 M."""
+WRITE_BYTES = 32 << 20
+VOCAB_SIZE = 50257
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmark:
+    """Read a token file as training does, mapped and with pread."""
+
+    file_bytes: int = 1_000_000_000
+    """Size of the file, at least one batch; it is written to the temporary directory and removed."""
+    path: Path | None = None
+    """A token file to read instead."""
+    block_size: int = 1024
+    """Tokens in a sequence, at least 1."""
+    batch_size: int = 64
+    """Sequences in a microstep, at least 1."""
+    total_batch_size: int = 524288
+    """Tokens in a step."""
+    rounds: int = 2
+    """Times that each reader reads the file, in turns; at least 1."""
+    quick: bool = False
+    """A small file, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise UserError(f"{self.rounds} rounds, expected at least 1; set --rounds")
+
+
+class Pass(NamedTuple):
+    """One reading of the whole file."""
+
+    tokens: int
+    seconds: list[float]
+    """Of each batch."""
+    resident_growth_bytes: int
+    """Memory after the last quarter of the batches less memory after the first quarter (medians)."""
+    peak_growth_bytes: int
+    """Most memory while reading, less memory before."""
+
+
+def read_all(tokens: Tokens, spec: BatchSpec) -> Pass:
+    """Every batch of one epoch."""
+    steps = window_count(len(tokens), spec.block_size) // spec.sequences
+    if steps < 4:
+        raise UserError(f"the file holds {steps} batches, expected at least 4; set a larger --file-bytes")
+    reset_peak("cpu")
+    before, seconds, resident = resident_bytes(), [], []
+    for step in range(steps):
+        begin = time.perf_counter()
+        batch = batch_at(tokens, step, spec)
+        seconds.append(time.perf_counter() - begin)
+        resident.append(resident_bytes())
+        del batch
+    quarter = steps // 4
+    growth = statistics.median(resident[-quarter:]) - statistics.median(resident[:quarter])
+    return Pass(steps * spec.total_batch_size, seconds, int(growth), peak_bytes("cpu") - before)
+
+
+def wait_of_prefetch(tokens: Tokens, spec: BatchSpec, *, steps: int, step_s: float) -> float:
+    """Seconds that a step of `step_s` waits for its batch with the next one being read beside it (median)."""
+    waits, begin = [], time.perf_counter()
+    for _ in prefetch(lambda step: batch_at(tokens, step, spec), range(steps), torch.device("cpu")):
+        waits.append(time.perf_counter() - begin)
+        time.sleep(step_s)
+        begin = time.perf_counter()
+    return statistics.median(waits[1:])
+
+
+def write_file(path: Path, size: int) -> None:
+    """Random ids, as incompressible as a file of them can be."""
+    rng = np.random.default_rng(0)
+    block = rng.integers(VOCAB_SIZE, size=WRITE_BYTES // 2, dtype=np.uint16)
+    with path.open("wb") as file:
+        for start in range(0, size, WRITE_BYTES):
+            file.write(np.roll(block, start // WRITE_BYTES).tobytes()[: size - start])
+
+
+def measure(path: Path, config: DataBenchmark) -> dict[str, Any]:
+    """Both readers' numbers."""
+    spec = BatchSpec(
+        block_size=config.block_size,
+        batch_size=config.batch_size,
+        total_batch_size=config.total_batch_size,
+        seed=1337,
+    )
+    passes: dict[str, list[Pass]] = {name: [] for name in READERS}
+    waits = {}
+    for number in range(config.rounds):
+        for name, reader in READERS.items():
+            tokens = reader(path)
+            passes[name].append(read_all(tokens, spec))
+            waits[name] = wait_of_prefetch(tokens, spec, steps=8, step_s=0.1)
+            done = passes[name][-1]
+            say(f"round {number + 1}, {name}: {format_count(done.tokens / sum(done.seconds))} tokens/s")
+    size = path.stat().st_size
+    return {
+        "file_bytes": size,
+        "readers": {name: summary(passes[name], waits[name], name) for name in READERS},
+    }
+
+
+def summary(passes: list[Pass], wait_s: float, name: str) -> dict[str, Any]:
+    """One reader's numbers over all rounds."""
+    per_batch = passes[0].tokens / len(passes[0].seconds)
+    rates = [per_batch / seconds for done in passes for seconds in done.seconds]
+    return {
+        "tokens_per_second": sum(done.tokens for done in passes) / sum(sum(done.seconds) for done in passes),
+        "batch_tokens_per_second": spread(rates)._asdict(),
+        "resident_growth_bytes": max(done.resident_growth_bytes for done in passes),
+        "peak_growth_bytes": max(done.peak_growth_bytes for done in passes),
+        "wait_of_a_0.1_s_step": wait_s,
+        "goal_tokens_per_second": GOALS[name],
+    }
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The result as people read it."""
+    rows = []
+    for name, row in result["readers"].items():
+        rates = row["batch_tokens_per_second"]
+        median, low, high = (format_count(rates[name]) for name in ("median", "min", "max"))
+        rows.append(
+            [
+                name,
+                format_count(row["tokens_per_second"]),
+                f"{median} ({low} - {high})",
+                format_count(row["goal_tokens_per_second"]),
+                format_bytes(row["resident_growth_bytes"]),
+                format_bytes(row["peak_growth_bytes"]),
+                f"{1000 * row['wait_of_a_0.1_s_step']:.2f}",
+            ]
+        )
+    header = ["reader", "tokens/s", "of a batch: median (min - max)", "goal", "memory growth", "memory peak"]
+    return table([*header, "ms a 0.1 s step waits"], rows)
+
+
+def main() -> None:
+    with one_line_errors():
+        config = tyro.cli(DataBenchmark)
+        if config.quick:
+            config = DataBenchmark(file_bytes=8 << 20, batch_size=8, total_batch_size=65536, rounds=1)
+        with tempfile.TemporaryDirectory(prefix="nanogpt-data-") as folder:
+            path = config.path
+            if path is None:
+                path = Path(folder, "train.bin")
+                write_file(path, config.file_bytes)
+            result = {"benchmark": "data", "facts": facts("cpu")} | measure(path, config)
+    print(table_of(result))
+    finish(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""`python -m benchmarks.limit`: the least time that a step can take on this device, and where the rest of it
+goes.
+
+The floor is the matrix products at the rates measured for the model's own shapes, attention's causal half at
+the best of these rates, and the optimizer's traffic at the measured memory bandwidth; everything else is
+counted as free. The breakdown is torch.profiler's, by group.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.contenders import CONTENDERS, Work, batches_of
+from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
+from nanogpt import perf
+from nanogpt.model import GPT2Config
+from nanogpt.train import DTYPES
+
+OPTIMIZER_PASSES = 7  # reads gradient, parameter and two moments, writes the last three: fp32
+BANDWIDTH_BYTES = 256 << 20  # far beyond any cache
+TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
+
+GROUPS = {
+    "attention": r"attention|flash|fmha|cudnn.*sdpa|softmax_backward.*attn",
+    "matmul": r"^aten::(mm|addmm|bmm|baddbmm)|gemm|xmma|cutlass|nvjet|linear|mkldnn|matmul",
+    "loss": r"softmax|nll|cross_entropy",
+    "optimizer": r"adam|_foreach|sqrt|addcdiv|addcmul|norm\b|fused.*pow",
+    "copies": r"copy|memcpy|memset|cat|clone|contiguous|zero_|fill_|aten::to$",
+}
+"""Names of operators and kernels by what they do; the first that fits. What fits none is elementwise work."""
+
+
+class Product(NamedTuple):
+    """A matrix product [m, k] x [k, n] and how often a microstep does it."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+    count: int
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all of them."""
+        return 2 * self.m * self.k * self.n * self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """Measure the floor of a step and what lies above it."""
+
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """A published size."""
+    batch_size: int = 4
+    """Sequences in a microstep, at least 1."""
+    block_size: int = 1024
+    """Tokens in a sequence, from 1 to 1024."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What is multiplied in; auto takes the fastest that trains on this device."""
+    compile: bool = True
+    """Profile the compiled step; the eager one names its work more finely."""
+    contender: Literal["ours", "plain", "hugging_face", "litgpt"] = "ours"
+    """Whose step to profile."""
+    steps: int = 3
+    """Profiled steps, at least 1."""
+    device: str | None = None
+    """cpu or cuda; None takes the GPU where there is one."""
+    quick: bool = False
+    """A model of one small layer, run eagerly, to see that everything works."""
+
+
+def work_of(config: LimitConfig) -> Work:
+    """The step that `config` asks for."""
+    device = choose_device(config.device)
+    precision = config.precision
+    if precision == "auto":
+        precision = perf.default_precision(perf.detect(torch.device(device)))
+    if config.quick:
+        return Work(model=TINY, batch_size=2, precision=precision, compile=False, device=device)
+    shape = asdict(GPT2Config.named(config.model)) | {"block_size": config.block_size}
+    return Work(
+        model=GPT2Config(**shape),
+        batch_size=config.batch_size,
+        precision=precision,
+        compile=config.compile,
+        device=device,
+    )
+
+
+def products_of(model: GPT2Config, rows: int) -> list[Product]:
+    """Every matrix product of a forward and backward pass over `rows` tokens, attention left out."""
+    C, L = model.n_embd, model.n_layer
+    layers = {
+        "qkv": (C, 3 * C, L),
+        "attention out": (C, C, L),
+        "mlp in": (C, 4 * C, L),
+        "mlp out": (4 * C, C, L),
+        "head": (C, model.padded_vocab_size, 1),
+    }
+    products = []
+    for name, (n_in, n_out, count) in layers.items():
+        products.append(Product(f"{name}, forward", rows, n_in, n_out, count))
+        products.append(Product(f"{name}, by input", rows, n_out, n_in, count))
+        products.append(Product(f"{name}, by weight", n_in, rows, n_out, count))
+    return products
+
+
+def seconds_of(function: Callable[[], Tensor], device: str, *, repeats: int = 5) -> float:
+    """The best of `repeats` timings after one that warms up."""
+    timings = []
+    for _ in range(repeats + 1):
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        begin = time.perf_counter()
+        function()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        timings.append(time.perf_counter() - begin)
+    return min(timings[1:])
+
+
+def product_rate(product: Product, work: Work) -> float:
+    """FLOP/s of the product in the work's precision."""
+    dtype = DTYPES[work.precision]
+    a = torch.randn(product.m, product.k, device=work.device, dtype=dtype)
+    b = torch.randn(product.k, product.n, device=work.device, dtype=dtype)
+    return product.flops / product.count / seconds_of(lambda: a @ b, work.device)
+
+
+def memory_bandwidth(device: str) -> float:
+    """Bytes a second of reading one array and writing another."""
+    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * BANDWIDTH_BYTES / seconds_of(lambda: target.copy_(source), device)
+
+
+def floor_of(work: Work) -> dict[str, Any]:
+    """Seconds by kind that a step cannot go below, and the rates that say so."""
+    model, rows = work.model, work.batch_size * work.model.block_size
+    products = products_of(model, rows)
+    rates = {product.name: product_rate(product, work) for product in products}
+    bandwidth = memory_bandwidth(work.device)
+    # Scores and their product with the values, forward 2 and backward 5 products (scores once more), half of
+    # each.
+    attention_flops = 7 * model.n_layer * model.n_embd * model.block_size * rows
+    seconds = {
+        "matmul": work.accumulation * sum(product.flops / rates[product.name] for product in products),
+        "attention": work.accumulation * attention_flops / max(rates.values()),
+        "optimizer": OPTIMIZER_PASSES * 4 * perf.parameter_count(model) / bandwidth,
+    }
+    return {
+        "seconds": seconds,
+        "total_s": sum(seconds.values()),
+        "product_flops_per_second": rates,
+        "bandwidth_bytes_per_second": bandwidth,
+    }
+
+
+def group_of(name: str) -> str:
+    """What an operator or kernel of this name does."""
+    lowered = name.lower()
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, lowered)), "elementwise")
+
+
+def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
+    """Seconds of a step by group, and "idle" where the device did nothing that the profiler saw."""
+    batches, step = batches_of(work), CONTENDERS[contender](work)
+    is_cuda = work.device != "cpu"
+    for batch in batches[:2]:
+        step(batch).item()
+    seconds = []
+    for number in range(steps):
+        begin = time.perf_counter()
+        step(batches[number % len(batches)]).item()
+        seconds.append(time.perf_counter() - begin)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda else [])
+    with profile(activities=activities) as profiler:
+        begin = time.perf_counter()
+        for number in range(steps):
+            step(batches[number % len(batches)]).item()
+        profiled_s = (time.perf_counter() - begin) / steps
+    groups: dict[str, float] = {}
+    top: dict[str, float] = {}
+    for event in profiler.key_averages():
+        on_device = event.device_type == torch.autograd.DeviceType.CUDA
+        if is_cuda != on_device:
+            continue
+        own_s = (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e6 / steps
+        name = "not inside an operator" if event.key.startswith(("Torch-Compiled", "## Call")) else event.key
+        group = "compiled kernels" if name == "not inside an operator" else group_of(name)
+        groups[group] = groups.get(group, 0.0) + own_s
+        top[event.key] = own_s
+    groups["idle"] = max(profiled_s - sum(groups.values()), 0.0)
+    longest = dict(sorted(top.items(), key=lambda item: -item[1])[:12])
+    return {
+        "step_s": spread(seconds)._asdict(),
+        "profiled_step_s": profiled_s,
+        "groups_s": groups,
+        "longest_s": longest,
+    }
+
+
+def benchmark(config: LimitConfig) -> dict[str, Any]:
+    """Floor, breakdown, and how much of the step the floor is."""
+    work = work_of(config)
+    floor = floor_of(work)
+    say(f"floor: {floor['total_s']:.3f} s")
+    parts = breakdown(work, config.contender, config.steps)
+    return {
+        "benchmark": "limit",
+        "contender": config.contender,
+        "facts": facts(work.device),
+        "work": asdict(work),
+        "floor": floor,
+        "breakdown": parts,
+        "floor_share": floor["total_s"] / parts["step_s"]["median"],
+    }
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The result as people read it."""
+    floor, parts = result["floor"], result["breakdown"]
+    shapes = [[name, f"{rate / 1e9:,.1f}"] for name, rate in floor["product_flops_per_second"].items()]
+    groups = [*floor["seconds"], *(name for name in parts["groups_s"] if name not in floor["seconds"])]
+    rows = [
+        [name, f"{floor['seconds'].get(name, 0):.3f}", f"{parts['groups_s'].get(name, 0):.3f}"]
+        for name in groups
+    ]
+    rows.append(["a step", f"{floor['total_s']:.3f}", f"{parts['profiled_step_s']:.3f}"])
+    longest = [[name[:70], f"{seconds:.3f}"] for name, seconds in parts["longest_s"].items()]
+    step, share = parts["step_s"]["median"], result["floor_share"]
+    return "\n\n".join(
+        [
+            table(["product", "GFLOP/s"], shapes),
+            f"memory: {floor['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s",
+            table(["part", "floor s", "profiled s"], rows),
+            f"unprofiled, a step takes {step:.3f} s; the floor is {share:.1%} of it",
+            table(["longest", "s a step"], longest),
+        ]
+    )
+
+
+def main() -> None:
+    with one_line_errors():
+        result = benchmark(tyro.cli(LimitConfig))
+    print(table_of(result))
+    finish(result)
+
+
+if __name__ == "__main__":
+    main()

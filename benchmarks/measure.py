@@ -1,0 +1,136 @@
+"""What every benchmark shares: statistics, tables, facts about a machine, and the JSON line at the end."""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanogpt import perf
+from nanogpt.errors import UserError
+
+
+class Spread(NamedTuple):
+    """Timings or ratios, summed up."""
+
+    median: float
+    min: float
+    max: float
+    low: float
+    """Lower quartile."""
+    high: float
+    """Upper quartile."""
+    count: int
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """The median of `values` and how far they lie around it."""
+    values = sorted(values)
+    if len(values) == 1:
+        return Spread(*[values[0]] * 5, 1)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, values[0], values[-1], low, high, len(values))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def aligned(line: list[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip()
+
+    return "\n".join(
+        [aligned(lines[0]), "  ".join("-" * width for width in widths), *map(aligned, lines[1:])]
+    )
+
+
+def facts(device: str) -> dict[str, Any]:
+    """What a number has to be read with: hardware, versions, commit, command, date, load."""
+    hardware = perf.detect(torch.device(device))
+    return {
+        "device": device,
+        "hardware": hardware.name,
+        "cores": hardware.cpu_cores,
+        "memory_bytes": hardware.total_bytes,
+        "bf16_fast": hardware.bf16_fast,
+        "driver": torch.version.cuda if hardware.device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "commit": git_commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "command": " ".join(["python", "-m", command_name(), *sys.argv[1:]]),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit that this code is at, with a "+" where the tree has changes; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command_name() -> str:
+    """The module that was started, as `python -m` wants it."""
+    spec = sys.modules["__main__"].__dict__.get("__spec__")
+    return spec.name if spec else os.path.basename(sys.argv[0])
+
+
+def say(text: str) -> None:
+    """Progress, for whoever waits: not part of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def finish(result: dict[str, Any]) -> None:
+    """The JSON line that ends a benchmark's output."""
+    print(json.dumps(result), flush=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON of a file: all of it, or its last line, as a benchmark prints it."""
+    try:
+        text = path.read_text().strip()
+        return json.loads(text if text.startswith("{") else text.splitlines()[-1])
+    except (OSError, json.JSONDecodeError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as a result ({error}); give a benchmark's output") from error
+
+
+def read_result(path: Path, benchmark: str) -> dict[str, Any]:
+    """The result of `benchmark` in a file of its own or in a report's."""
+    found = read_json(path)
+    if found.get("benchmark") == "report":
+        found = found["results"].get(benchmark, {})
+    if found.get("benchmark") != benchmark:
+        raise UserError(
+            f"{path} holds no result of benchmarks.{benchmark}; run python -m benchmarks.{benchmark}"
+        )
+    return found
+
+
+def choose_device(device: str | None) -> str:
+    """`device`, or the GPU where there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Ends the program with one sentence and status 2 where the user's input was at fault."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,171 @@
+"""`python -m benchmarks.peers`: the same training step by us and by others, turn by turn in one run.
+
+Each contender lives in a process of its own and they take turns, one step each (eight on CUDA), so that
+whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn.
+"""
+
+import contextlib
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.contenders import CONTENDERS, Work, installed_contenders
+from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
+from benchmarks.worker import Memory, Started, Worker
+from nanogpt import perf
+from nanogpt.errors import UserError
+from nanogpt.model import GPT2Config
+from nanogpt.units import format_bytes
+
+QUICK = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
+EQUAL_WORK = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 2e-2}
+"""How far losses after the same steps may lie apart; in fp32, what padded columns take of the softmax."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeersConfig:
+    """Train the same model with the same batches, by us and by others, turn by turn."""
+
+    contenders: tuple[Literal["ours", "plain", "hugging_face", "litgpt"], ...] | None = None
+    """Who takes part; ours must. None takes all that are installed."""
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    """A published size."""
+    batch_size: int = 4
+    """Sequences in a microstep, at least 1."""
+    block_size: int = 1024
+    """Tokens in a sequence, from 1 to 1024."""
+    accumulation: int = 1
+    """Microsteps in a step, at least 1."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What is multiplied in; auto takes the fastest that trains on this device."""
+    compile: bool = True
+    """Compile everybody."""
+    turns: int = 10
+    """Turns of each contender, at least 2."""
+    steps: int | None = None
+    """Steps in a turn, at least 1; None takes 1 on a CPU and 8 on CUDA."""
+    device: str | None = None
+    """cpu or cuda; None takes the GPU where there is one."""
+    quick: bool = False
+    """A model of one small layer, run eagerly, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        if self.turns < 2:
+            raise UserError(f"{self.turns} turns, expected at least 2; set --turns")
+        if self.contenders is not None and "ours" not in self.contenders:
+            raise UserError(
+                f"contenders are {', '.join(self.contenders)}, expected ours among them; set --contenders"
+            )
+
+
+def work_of(config: PeersConfig) -> Work:
+    """The step that `config` asks for."""
+    device = choose_device(config.device)
+    precision = config.precision
+    if precision == "auto":
+        precision = perf.default_precision(perf.detect(torch.device(device)))
+    if config.quick:
+        return Work(model=QUICK, batch_size=2, precision=precision, compile=False, device=device)
+    shape = asdict(GPT2Config.named(config.model)) | {"block_size": config.block_size}
+    return Work(
+        model=GPT2Config(**shape),
+        batch_size=config.batch_size,
+        accumulation=config.accumulation,
+        precision=precision,
+        compile=config.compile,
+        device=device,
+    )
+
+
+def compare(config: PeersConfig) -> dict[str, Any]:
+    """Everybody's times, memory and ratio to ours."""
+    work = work_of(config)
+    names = list(config.contenders or installed_contenders())
+    steps = config.steps or (1 if work.device == "cpu" else 8)
+    with contextlib.ExitStack() as stack:
+        workers, starts, times = {}, {}, {name: [] for name in names}
+        for name in names:
+            workers[name] = stack.enter_context(Worker(name, work))
+            starts[name] = workers[name].start()
+            say(f"{name}: first step after {starts[name].first_step_s:.1f} s")
+        losses = {}
+        for turn in range(config.turns):
+            # Whoever comes first changes with the turn, so that nobody always follows the same one.
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                seconds, losses[name] = workers[name].turn(steps)
+                times[name].append(spread(seconds).median)
+            say(f"turn {turn + 1}: " + ", ".join(f"{name} {times[name][-1]:.3f} s" for name in names))
+        memory = {name: worker.memory() for name, worker in workers.items()}
+    check_equal_work(losses, work)
+    return {
+        "benchmark": "peers",
+        "facts": facts(work.device),
+        "work": asdict(work),
+        "steps_in_a_turn": steps,
+        "contenders": {
+            name: contender_result(work, times[name], times["ours"], losses[name], starts[name], memory[name])
+            for name in names
+        },
+    }
+
+
+def check_equal_work(losses: dict[str, float], work: Work) -> None:
+    """Raises AssertionError where losses after equally many steps differ: it is not the same work."""
+    for name, loss in losses.items():
+        apart = abs(loss - losses["ours"])
+        assert name == "litgpt" or apart < EQUAL_WORK[work.precision], (
+            f"{name}'s loss is {loss}, ours {losses['ours']}"
+        )
+
+
+def contender_result(
+    work: Work, seconds: list[float], our_seconds: list[float], loss: float, start: Started, memory: Memory
+) -> dict[str, Any]:
+    """One contender's numbers; `speedup_of_ours` is its time over ours in the same turn."""
+    step = spread(seconds)
+    return {
+        "tokens_per_second": work.tokens / step.median,
+        "step_s": step._asdict(),
+        "seconds": seconds,
+        "speedup_of_ours": spread(a / b for a, b in zip(seconds, our_seconds, strict=True))._asdict(),
+        "memory": memory._asdict(),
+        "started": start._asdict(),
+        "loss": loss,
+    }
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The result as people read it."""
+    rows = []
+    for name, row in result["contenders"].items():
+        step, ratio = row["step_s"], row["speedup_of_ours"]
+        rows.append(
+            [
+                name,
+                f"{row['tokens_per_second']:,.0f}",
+                f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})",
+                f"{ratio['median']:.3f} ({ratio['low']:.3f} - {ratio['high']:.3f})",
+                format_bytes(row["memory"]["steps"]),
+                format_bytes(row["memory"]["whole"]),
+                f"{row['started']['first_step_s']:.1f}",
+                f"{row['loss']:.4f}",
+            ]
+        )
+    header = ["contender", "tokens/s", "step s: median (min - max)", "ours is x times as fast (quartiles)"]
+    return table([*header, "peak, steps", "peak, whole", "first step s", "loss"], rows)
+
+
+def main() -> None:
+    with one_line_errors():
+        config = tyro.cli(PeersConfig)
+        work = work_of(config)
+        say(f"{', '.join(config.contenders or tuple(CONTENDERS))}: {work}")
+        result = compare(config)
+    print(table_of(result))
+    finish(result)
+
+
+if __name__ == "__main__":
+    main()

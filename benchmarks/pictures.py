@@ -1,0 +1,166 @@
+"""Pictures of a report's results, as SVG: speed by micro-batch, memory by kind, step breakdown, roofline,
+scaling."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.contenders import Work
+from benchmarks.limit import products_of
+from nanogpt import perf
+from nanogpt.loss import DEFAULT_CHUNK_TOKENS
+from nanogpt.model import GPT2Config
+
+Result = dict[str, Any]
+KIND_COLORS = {"published": "#9aa5b1", "claimed": "#d8dde3", "predicted": "#ffffff", "measured": "#2a6fdb"}
+
+
+def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
+    """(caption, SVG) by the benchmark that they belong to."""
+    drawings: list[tuple[str, Callable[[Axes, Result], None], str]] = [
+        ("throughput", draw_speed, "Tokens a second by sequences in a microstep."),
+        ("throughput", draw_memory, "Memory of a step: planned by kind, and measured (marks)."),
+        ("peers", draw_peers, "Each contender's steps (dots) and median (bars)."),
+        ("limit", draw_breakdown, "Seconds of a step: the floor, and what was profiled."),
+        ("limit", draw_roofline, "The model's products on the measured roofline."),
+        ("predict", draw_scaling, "White bars are predictions, not measurements."),
+    ]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, draw, caption in drawings:
+        result = results.get(name)
+        if result is not None and "error" not in result:
+            found.setdefault(name, []).append((caption, svg_of(draw, result)))
+    return found
+
+
+def svg_of(draw: Callable[[Axes, Result], None], result: Result) -> str:
+    """The drawing as an SVG element."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes, result)
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "nanogpt"}):  # the same numbers give the same file
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def draw_speed(axes: Axes, result: Result) -> None:
+    """Tokens/s against the micro-batch, a line for each other choice."""
+    lines: dict[str, list[tuple[int, Result]]] = {}
+    for row in result["rows"]:
+        if "error" not in row:
+            work = row["work"]
+            how = "compiled" if work["compile"] else "eager"
+            label = ", ".join(
+                [f"T = {work['model']['block_size']}", work["precision"], work["attention"], how]
+            )
+            lines.setdefault(label, []).append((work["batch_size"], row))
+    for label, points in lines.items():
+        sizes = [size for size, _ in points]
+        rates = [row["tokens_per_second"] for _, row in points]
+        tokens = [size * row["work"]["model"]["block_size"] for size, row in points]
+        slowest = [count / row["step_s"]["max"] for (_, row), count in zip(points, tokens, strict=True)]
+        fastest = [count / row["step_s"]["min"] for (_, row), count in zip(points, tokens, strict=True)]
+        axes.plot(sizes, rates, marker="o", label=label)
+        axes.vlines(sizes, slowest, fastest, linewidth=1, alpha=0.6)
+    axes.set(xlabel="sequences in a microstep", ylabel="tokens/s", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_memory(axes: Axes, result: Result) -> None:
+    """The plan's kinds stacked, and the measured peak of the process as a mark."""
+    rows = [row for row in result["rows"] if "error" not in row]
+    labels = []
+    bottoms = [0.0] * len(rows)
+    plans = []
+    for row in rows:
+        work = row["work"]
+        plans.append(
+            perf.memory_plan(
+                GPT2Config(**work["model"]),
+                batch_size=work["batch_size"],
+                block_size=work["model"]["block_size"],
+                precision=work["precision"],
+                loss_chunk_tokens=DEFAULT_CHUNK_TOKENS,
+            )
+        )
+        how = "" if work["compile"] else " eager"
+        labels.append(f"{work['batch_size']} x {work['model']['block_size']}{how}")
+    for kind in [kind for kind in plans[0] if kind != "total"]:
+        sizes = [plan[kind] / 1e9 for plan in plans]
+        axes.bar(range(len(rows)), sizes, bottom=bottoms, label=kind, width=0.6)
+        bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
+    measured = [row["memory"]["steps"] / 1e9 for row in rows]
+    axes.plot(range(len(rows)), measured, "k_", markersize=20, label="measured peak")
+    axes.set_xticks(range(len(rows)), labels, fontsize=7, rotation=30, ha="right")
+    axes.set(ylabel="GB")
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def draw_peers(axes: Axes, result: Result) -> None:
+    """Every step of every contender."""
+    names = list(result["contenders"])
+    for place, name in enumerate(names):
+        row = result["contenders"][name]
+        color = "#2a6fdb" if name == "ours" else "#9aa5b1"
+        axes.barh(place, row["step_s"]["median"], height=0.5, color=color)
+        axes.plot(row["seconds"], [place] * len(row["seconds"]), "k.", markersize=4, alpha=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds a step", xlim=(0, None))
+
+
+def draw_breakdown(axes: Axes, result: Result) -> None:
+    """Floor and profile, stacked by group."""
+    floor, profiled = result["floor"]["seconds"], result["breakdown"]["groups_s"]
+    lefts = [0.0, 0.0]
+    for group in [*floor, *(group for group in profiled if group not in floor)]:
+        values = [floor.get(group, 0.0), profiled.get(group, 0.0)]
+        axes.barh([0, 1], values, left=lefts, height=0.5, label=group)
+        lefts = [left + value for left, value in zip(lefts, values, strict=True)]
+    axes.set_yticks([0, 1], ["floor", "profiled"])
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds a step")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.18))
+
+
+def draw_roofline(axes: Axes, result: Result) -> None:
+    """Measured FLOP/s of each product by its FLOPs a byte, under what memory and the best product allow."""
+    work = Work(**{**result["work"], "model": GPT2Config(**result["work"]["model"])})
+    rates = result["floor"]["product_flops_per_second"]
+    bandwidth, best = result["floor"]["bandwidth_bytes_per_second"], max(rates.values())
+    width = 4 if work.precision == "float32" else 2
+    intensities = []
+    for product in products_of(work.model, work.batch_size * work.model.block_size):
+        moved = width * (product.m * product.k + product.k * product.n + product.m * product.n)
+        intensities.append(2 * product.m * product.k * product.n / moved)
+        axes.plot(intensities[-1], rates[product.name] / 1e9, "o", color="#2a6fdb")
+    ends = [min(*intensities, best / bandwidth) / 4, max(intensities) * 4]
+    corner = best / bandwidth
+    axes.plot([ends[0], corner, ends[1]], [ends[0] * bandwidth / 1e9, best / 1e9, best / 1e9], color="#888")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
+
+
+def draw_scaling(axes: Axes, result: Result) -> None:
+    """Tokens/s of each row; a prediction is hatched and white."""
+    rows = result["rows"]
+    for place, row in enumerate(rows):
+        is_predicted = row["kind"] == "predicted"
+        axes.barh(
+            place,
+            row["tokens_per_second"],
+            height=0.6,
+            color=KIND_COLORS[row["kind"]],
+            edgecolor="#555",
+            hatch="///" if is_predicted else None,
+            linestyle="--" if is_predicted else "-",
+        )
+    labels = [f"{row['machine']}: {row['who']} ({row['kind']})" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens/s", xscale="log")

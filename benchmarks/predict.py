@@ -1,0 +1,264 @@
+"""`python -m benchmarks.predict`: tokens/s and memory on hardware that is not at hand, beside what others
+published.
+
+The model: a step's matrix products and attention run at a share of the data sheet's rate, its elementwise
+work and its optimizer move bytes at a share of the data sheet's bandwidth, and the gradients' all-reduce is a
+ring, hidden behind backward as far as that lasts. Every row says whether it is measured, published, claimed
+or predicted; predictions carry the model's error on the published runs, and a measured row says how far the
+model was from it.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tyro
+
+from benchmarks.measure import facts, finish, one_line_errors, read_result, table
+from nanogpt import perf
+from nanogpt.model import GPT2Config
+from nanogpt.units import format_bytes
+
+EPOCH_TOKENS = 9_035_582_198  # OpenWebText, without the validation part
+MATMUL_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.70, 0.75, 0.70
+"""Of the data sheet's rates; round numbers, the same for all GPUs; the error that they leave is reported."""
+ELEMENTWISE_NUMBERS = 44
+"""Numbers of n_embd that a block's norms, GELU, residuals and attention read and write for a token, both
+ways."""
+LOGIT_BYTES = 10
+"""Read and written for a logit: made, its softmax, its gradient, which two products read."""
+
+
+class Gpu(NamedTuple):
+    """Data-sheet rates of a GPU; peak FLOP/s come from `perf.DATA_SHEETS`."""
+
+    sheet: str
+    bandwidth: float
+    """Of its memory, bytes a second."""
+    nvlink: float
+    """To the GPUs of its node, bytes a second in one direction."""
+
+
+GPUS = {
+    "A100": Gpu("A100 SXM4", 2.039e12, 300e9),
+    "H100": Gpu("H100 HBM3", 3.35e12, 450e9),
+}
+"""Sources: NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM."""
+NETWORK = 50e9
+"""Bytes a second and GPU between nodes: one 400 Gbit/s adapter for each."""
+
+
+class Machine(NamedTuple):
+    """GPUs and how they are spread."""
+
+    gpu: str
+    count: int
+    nodes: int = 1
+
+
+MACHINES = {
+    "1x A100": Machine("A100", 1),
+    "8x A100": Machine("A100", 8),
+    "1x H100": Machine("H100", 1),
+    "8x H100": Machine("H100", 8),
+    "16x H100, 2 nodes": Machine("H100", 16, 2),
+}
+
+
+class Published(NamedTuple):
+    """What somebody reported for GPT-2 124M."""
+
+    who: str
+    machine: str
+    tokens_per_second: float
+    source: str
+    kind: str = "published"
+    """"claimed" where nobody says how it was measured."""
+
+
+PUBLISHED = [
+    Published(
+        "claimed for this project", "8x A100", 350e3, "the table that the project is known for", "claimed"
+    ),
+    Published(
+        "claimed for this project", "8x H100", 600e3, "the table that the project is known for", "claimed"
+    ),
+    Published(
+        "nanoGPT",
+        "8x A100",
+        600_000 * 491_520 / (4 * 86_400),
+        "karpathy/nanoGPT README: 600,000 steps of 491,520 tokens in about 4 days (A100 40GB)",
+    ),
+    Published(
+        "llm.c", "8x A100", 10e9 / (90 * 60), "karpathy/llm.c discussion 481: 10 B tokens in about 90 minutes"
+    ),
+    Published(
+        "llm.c",
+        "8x H100",
+        10e9 / (45 * 60),
+        "KellerJordan/modded-nanogpt README: llm.c took 45 minutes for 10 B tokens",
+    ),
+]
+CALIBRATED_ON = "llm.c"  # the others leave much on the table, which says nothing about the hardware
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Predict GPT-2's training speed on GPUs."""
+
+    batch_size: int = 64
+    """Sequences in a microstep, at least 1."""
+    total_batch_size: int = 524288
+    """Tokens in a step over all GPUs."""
+    measured: Path | None = None
+    """JSON of `benchmarks.throughput` on one A100 or H100, whose rate replaces the single-GPU prediction."""
+
+
+def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:
+    """Seconds of forward and backward over `tokens` tokens."""
+    # The data sheet counts the FLOPs that are done: a causal kernel skips half of attention's.
+    flops = (
+        6 * perf.parameter_count(config, positions=False)
+        + 6 * config.n_layer * config.n_embd * config.block_size
+    )
+    moved = 2 * ELEMENTWISE_NUMBERS * config.n_layer * config.n_embd + LOGIT_BYTES * config.padded_vocab_size
+    peak = perf.DATA_SHEETS[gpu.sheet].half * 1e12
+    return tokens * (flops / (MATMUL_SHARE * peak) + moved / (BANDWIDTH_SHARE * gpu.bandwidth))
+
+
+def optimizer_s(config: GPT2Config, gpu: Gpu) -> float:
+    """Seconds of an update: fp32 gradient, parameter and moments read, the last three written, and the norm
+    before."""
+    return 8 * 4 * perf.parameter_count(config) / (BANDWIDTH_SHARE * gpu.bandwidth)
+
+
+def all_reduce_s(config: GPT2Config, machine: Machine) -> float:
+    """Seconds of a ring over all GPUs' fp32 gradients; across nodes it is as slow as the network."""
+    if machine.count == 1:
+        return 0.0
+    link = NETWORK if machine.nodes > 1 else GPUS[machine.gpu].nvlink
+    size = 4 * perf.parameter_count(config)
+    return 2 * (machine.count - 1) / machine.count * size / (LINK_SHARE * link)
+
+
+def step_s(config: GPT2Config, machine: Machine, *, total_batch_size: int, batch_size: int) -> float:
+    """Seconds of a step; two thirds of the last microstep (its backward) can hide the all-reduce."""
+    gpu = GPUS[machine.gpu]
+    tokens = total_batch_size / machine.count
+    compute = microstep_s(config, tokens, gpu)
+    last = compute * min(1.0, batch_size * config.block_size / tokens)
+    return compute + optimizer_s(config, gpu) + max(0.0, all_reduce_s(config, machine) - last * 2 / 3)
+
+
+def predictions(config: PredictConfig, model: GPT2Config) -> dict[str, float]:
+    """Tokens a second of each machine."""
+    return {
+        name: config.total_batch_size
+        / step_s(model, machine, total_batch_size=config.total_batch_size, batch_size=config.batch_size)
+        for name, machine in MACHINES.items()
+    }
+
+
+def error_on_published(predicted: dict[str, float]) -> dict[str, float]:
+    """Prediction over publication, less one, for the runs of CALIBRATED_ON."""
+    return {
+        f"{run.who}, {run.machine}": predicted[run.machine] / run.tokens_per_second - 1
+        for run in PUBLISHED
+        if run.who == CALIBRATED_ON
+    }
+
+
+def row_of(kind: str, who: str, machine: str, rate: float, model: GPT2Config, note: str) -> dict[str, Any]:
+    """One row of the table."""
+    hardware = MACHINES[machine]
+    peak = hardware.count * perf.DATA_SHEETS[GPUS[hardware.gpu].sheet].half * 1e12
+    return {
+        "kind": kind,
+        "who": who,
+        "machine": machine,
+        "tokens_per_second": rate,
+        "per_gpu": rate / hardware.count,
+        "mfu": rate * perf.flops_per_token(model, model.block_size) / peak,
+        "epoch_s": EPOCH_TOKENS / rate,
+        "note": note,
+    }
+
+
+def benchmark(config: PredictConfig) -> dict[str, Any]:
+    """Published, predicted and (where given) measured rows."""
+    model = GPT2Config.named("gpt2")
+    predicted = predictions(config, model)
+    errors = error_on_published(predicted)
+    worst = max(abs(error) for error in errors.values())
+    rows = [
+        row_of(run.kind, run.who, run.machine, run.tokens_per_second, model, run.source) for run in PUBLISHED
+    ]
+    if config.measured is not None:
+        rows += measured_rows(config.measured, predicted, model)
+    note = f"roofline; off by up to {worst:.0%} on {CALIBRATED_ON}'s published runs"
+    rows += [
+        row_of("predicted", "model, any trainer", name, rate, model, note) for name, rate in predicted.items()
+    ]
+    memory = perf.memory_plan(
+        model,
+        batch_size=config.batch_size,
+        block_size=model.block_size,
+        precision="bfloat16",
+        loss_chunk_tokens=1024,
+    )
+    return {
+        "benchmark": "predict",
+        "facts": facts("cpu"),
+        "config": asdict(config) | {"measured": str(config.measured) if config.measured else None},
+        "rows": rows,
+        "model_error": errors,
+        "memory_bytes": memory,
+    }
+
+
+def measured_rows(path: Path, predicted: dict[str, float], model: GPT2Config) -> list[dict[str, Any]]:
+    """The fastest row that was measured on one of the GPUs above, with the model's error on it."""
+    result = read_result(path, "throughput")
+    name = next((f"1x {gpu}" for gpu in GPUS if gpu in result["facts"]["hardware"]), None)
+    rates = [row["tokens_per_second"] for row in result["rows"] if "error" not in row]
+    if name is None or not rates:
+        return []
+    error = predicted[name] / max(rates) - 1
+    return [row_of("measured", "ours", name, max(rates), model, f"{path}; the model is off by {error:+.0%}")]
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The result as people read it."""
+    rows = [
+        [
+            row["kind"].upper(),
+            row["who"],
+            row["machine"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['per_gpu']:,.0f}",
+            f"{row['mfu']:.1%}",
+            f"{row['epoch_s'] / 3600:.1f}",
+            row["note"],
+        ]
+        for row in result["rows"]
+    ]
+    header = ["kind", "who", "machine", "tokens/s", "per GPU", "MFU", "hours an epoch", "where from"]
+    memory = result["memory_bytes"]
+    return "\n".join(
+        [
+            table(header, rows),
+            f"predicted memory of one GPU at {result['config']['batch_size']} x 1024 in bf16: "
+            f"{format_bytes(memory['total'])} (activations {format_bytes(memory['activations'])})",
+        ]
+    )
+
+
+def main() -> None:
+    with one_line_errors():
+        result = benchmark(tyro.cli(PredictConfig))
+    print(table_of(result))
+    finish(result)
+
+
+if __name__ == "__main__":
+    main()

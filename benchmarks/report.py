@@ -1,0 +1,239 @@
+"""`python -m benchmarks.report`: measures this machine and writes benchmarks/reports/NAME.md, .html and
+.json.
+
+Every number comes from a command of `COMMANDS`, run one after the other and named beside its result; what
+failed is named too. `--render NAME.json` writes the pages again from what was measured.
+"""
+
+import html
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import data, limit, parts, peers, predict, throughput
+from benchmarks.measure import choose_device, facts, finish, one_line_errors, read_json, say
+from benchmarks.pictures import pictures_of
+from nanogpt.errors import UserError
+from nanogpt.units import format_bytes
+
+REPORTS = Path(__file__).parent / "reports"
+COMMAND_LIMIT_S = 3 * 3600
+TABLES = {
+    "throughput": throughput.table_of,
+    "peers": peers.table_of,
+    "data": data.table_of,
+    "limit": limit.table_of,
+    "parts": parts.table_of,
+    "predict": predict.table_of,
+}
+TITLES = {
+    "throughput": "The training step",
+    "peers": "Beside others, turn by turn",
+    "limit": "How near to the floor",
+    "data": "The loader",
+    "parts": "The parts around the step",
+    "predict": "Published and predicted GPUs",
+}
+COMMANDS = {
+    "cpu": {
+        "throughput": "--batch-size 1 2 4 --block-size 512 1024 --compile True False --steps 5",
+        "peers": "--batch-size 4 --block-size 1024 --turns 10",
+        "limit": "--batch-size 4 --block-size 1024",
+        "data": "",
+        "parts": "",
+        "predict": "",
+    },
+    "cuda": {
+        "throughput": "--device cuda --batch-size 16 32 64 --attention auto flash cudnn --steps 20 --starts",
+        "peers": "--device cuda --batch-size 64 --block-size 1024 --turns 10",
+        "limit": "--device cuda --batch-size 64 --block-size 1024",
+        "data": "",
+        "parts": "--device cuda --tokens 65536",
+        "predict": "",
+    },
+}
+"""Arguments of each benchmark by device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Measure everything and write a report."""
+
+    name: str | None = None
+    """Name of the files; None makes one from the hardware."""
+    out: Path = REPORTS
+    """Folder to write to."""
+    only: tuple[str, ...] = tuple(TITLES)
+    """Benchmarks to run; the others' results stay what an older report of this name has."""
+    arguments: dict[str, str] | None = None
+    """Arguments for a benchmark instead of its usual ones: --arguments peers "--batch-size 1"."""
+    render: Path | None = None
+    """Only write the pages again, from this JSON."""
+    device: str | None = None
+    """cpu or cuda; None takes the GPU where there is one."""
+    quick: bool = False
+    """Small models and files, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        for name in (*self.only, *(self.arguments or {})):
+            if name not in TITLES:
+                known = ", ".join(TITLES)
+                raise UserError(f"no benchmark is called {name!r}, expected some of {known}; set --only")
+
+
+def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
+    """The JSON of a benchmark that is run as a user would; an "error" where it failed."""
+    say(f"python -m benchmarks.{name} {arguments}")
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=COMMAND_LIMIT_S,
+    )
+    if done.returncode:
+        error = f"python -m benchmarks.{name} {arguments} ended with status {done.returncode}"
+        return {"benchmark": name, "error": error}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(config: ReportConfig, old: dict[str, Any]) -> dict[str, Any]:
+    """The report's JSON: results by benchmark, on top of what an older report had."""
+    device = choose_device(config.device)
+    usual = COMMANDS["cpu" if device == "cpu" else "cuda"] | (config.arguments or {})
+    results = dict(old.get("results", {}))
+    for name in config.only:
+        arguments = usual[name]
+        if config.quick:
+            arguments = "" if name == "predict" else "--quick"
+        results[name] = run_benchmark(name, arguments)
+    return {"benchmark": "report", "facts": facts(device), "results": results}
+
+
+def name_of(about: dict[str, Any]) -> str:
+    """A file name from the hardware: "cpu-2-cores-amd-epyc"."""
+    kind = f"cpu-{about['cores']}-cores" if about["device"] == "cpu" else "gpu"
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {about['hardware']}".lower()).strip("-")
+
+
+def sections_of(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(benchmark, what it was measured with, table) of each result."""
+    sections = []
+    for name in TITLES:
+        result = report["results"].get(name)
+        if result is None:
+            continue
+        if "error" in result:
+            sections.append((name, "", result["error"]))
+            continue
+        about = result["facts"]
+        measured = (
+            f"`{about['command']}` · {about['date'][:10]} · commit {str(about['commit'])[:12]} · "
+            f"load average {about['load_average']:.1f} on {about['cores']} cores"
+        )
+        sections.append((name, measured, TABLES[name](result)))
+    return sections
+
+
+def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured on."""
+    about = report["facts"]
+    memory = format_bytes(about["memory_bytes"])
+    cuda = f", CUDA {about['driver']}" if about["driver"] else ""
+    return [
+        ("hardware", f"{about['hardware']}, {about['cores']} CPU cores, {memory}"),
+        ("device", about["device"] + cuda),
+        ("fast bfloat16", "yes" if about["bf16_fast"] else "no: everything here is in float32"),
+        ("versions", f"torch {about['torch']}, Python {about['python']}, {about['system']}"),
+        ("commit", str(about["commit"])),
+        ("date", about["date"]),
+    ]
+
+
+HONESTY = (
+    "Rows marked PUBLISHED or CLAIMED are other people's figures and PREDICTED ones come from a model whose "
+    "error stands beside them; everything else was measured here by the command above it. Times are medians "
+    "with their range: other programs' load, named with each command, makes absolute figures worse and "
+    "leaves ratios of turns about right."
+)
+
+
+def markdown_of(report: dict[str, Any]) -> str:
+    """The report as Markdown; the pictures are in the page."""
+    lines = ["# GPT-2 training speed on " + report["facts"]["hardware"], "", HONESTY, ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [*(f"| {name} | {text} |" for name, text in hardware_rows(report)), ""]
+    for name, measured, text in sections_of(report):
+        lines += [f"## {TITLES[name]}", "", measured, "", "```", text, "```", ""]
+    return "\n".join(lines)
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+pre { overflow-x: auto; background: var(--soft); padding: .8rem 1rem; border-radius: 6px; font-size: 13px; }
+code { background: var(--soft); padding: .1em .3em; border-radius: 4px; overflow-wrap: anywhere; }
+th { text-align: left; padding-right: 1.5rem; font-weight: 600; vertical-align: top; }
+figure { margin: 1.5rem 0; background: #fff; border: 1px solid var(--line); padding: .5rem; }
+figure svg { width: 100%; height: auto; display: block; } figcaption { color: #333; padding: 0 .5rem .3rem; }
+.measured { color: GrayText; font-size: 14px; }
+"""
+
+
+def page_of(report: dict[str, Any]) -> str:
+    """The report as one HTML page that needs nothing else."""
+    title = html.escape("GPT-2 training speed on " + report["facts"]["hardware"])
+    facts_rows = hardware_rows(report)
+    rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts_rows)
+    pictures = pictures_of(report["results"])
+    body = []
+    for name, measured, text in sections_of(report):
+        command = re.sub(r"`(.+?)`", r"<code>\1</code>", html.escape(measured))
+        figures = "".join(
+            f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+            for caption, svg in pictures.get(name, [])
+        )
+        heading = f'<h2>{TITLES[name]}</h2><p class="measured">{command}</p>'
+        body.append(f"{heading}{figures}<pre>{html.escape(text)}</pre>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{title}</h1><p>{html.escape(HONESTY)}</p><table>{rows}</table>{''.join(body)}</body></html>\n"
+    )
+
+
+def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """The three files of a report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"json": json.dumps(report, indent=1) + "\n", "md": markdown_of(report), "html": page_of(report)}
+    paths = []
+    for suffix, text in texts.items():
+        paths.append(folder / f"{name}.{suffix}")
+        paths[-1].write_text(text)
+    return paths
+
+
+def main() -> None:
+    with one_line_errors():
+        config = tyro.cli(ReportConfig)
+        if config.render is not None:
+            report, name, folder = read_json(config.render), config.render.stem, config.render.parent
+        else:
+            name = config.name or name_of(facts(choose_device(config.device)))
+            before = config.out / f"{name}.json"
+            report, folder = measure(config, read_json(before) if before.exists() else {}), config.out
+        paths = write(report, folder, name)
+    for path in paths:
+        print(f"wrote {path}")
+    finish(report)
+
+
+if __name__ == "__main__":
+    main()

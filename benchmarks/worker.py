@@ -1,0 +1,204 @@
+"""One contender in a process of its own, so that its peak memory and its time to first step are its own."""
+
+import gc
+import multiprocessing
+import os
+import re
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.contenders import CONTENDERS, Work, batches_of
+
+WARMUP_STEPS = 2  # after the first: allocators settle
+REPLY_LIMIT_S = 3600.0  # a step that takes longer is taken for hung
+
+
+class Started(NamedTuple):
+    """What it took to come to a first step."""
+
+    build_s: float
+    """Parameters, optimizer and batches, the imports before them left out."""
+    first_step_s: float
+    """The first step with its compilation."""
+    idle_bytes: int
+    """Memory of the process before it built anything: Python and torch."""
+
+
+class Turn(NamedTuple):
+    """Some steps in a row."""
+
+    seconds: list[float]
+    loss: float
+
+
+class Memory(NamedTuple):
+    """Peaks of a process (on CUDA of the allocator), in bytes."""
+
+    steps: int
+    """While stepping, warm-up and compilation over."""
+    whole: int
+    """From the beginning: on a CPU with what compilation took."""
+
+
+class WorkerError(RuntimeError):
+    """A contender failed; the message is its traceback."""
+
+
+class Worker:
+    """A contender in its own process: `start` it, let it take turns, ask for its memory, `close` it."""
+
+    def __init__(self, contender: str, work: Work, environment: dict[str, str] | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.contender = contender
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(theirs, contender, work, environment or {}), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def start(self) -> Started:
+        return Started(*self._ask("start"))
+
+    def turn(self, steps: int) -> Turn:
+        return Turn(*self._ask("turn", steps))
+
+    def memory(self) -> Memory:
+        return Memory(*self._ask("memory"))
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._process.terminate()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+        self._connection.close()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ask(self, *request: Any) -> Any:
+        self._connection.send(request)
+        if not self._connection.poll(REPLY_LIMIT_S):
+            raise WorkerError(f"{self.contender} gave no answer to {request[0]} within {REPLY_LIMIT_S:.0f} s")
+        try:
+            kind, value = self._connection.recv()
+        except EOFError as error:
+            self._process.join(timeout=10)
+            raise WorkerError(
+                f"{self.contender} ended with status {self._process.exitcode}, out of memory perhaps"
+            ) from error
+        if kind == "error":
+            raise WorkerError(f"{self.contender} failed:\n{value}")
+        return value
+
+
+def serve(connection: Connection, contender: str, work: Work, environment: dict[str, str]) -> None:
+    """The worker's side: answers requests until it is ended."""
+    os.environ.update(environment)
+    contestant = Contestant(contender, work)
+    answers = {"start": contestant.start, "turn": contestant.turn, "memory": contestant.memory}
+    while True:
+        try:
+            name, *arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(("value", tuple(answers[name](*arguments))))
+        except BaseException:  # of any kind: it is the other side that reports it and goes on
+            connection.send(("error", traceback.format_exc()))
+            raise
+
+
+class Contestant:
+    """A contender with its batches and clock."""
+
+    def __init__(self, contender: str, work: Work) -> None:
+        self.contender, self.work, self.count = contender, work, 0
+        self.whole = 0
+
+    def start(self) -> Started:
+        idle_bytes = resident_bytes()
+        begin = time.perf_counter()
+        self.batches = batches_of(self.work)
+        self.step = CONTENDERS[self.contender](self.work)
+        self.synchronize()
+        build_s = time.perf_counter() - begin
+        (first_step_s,), _ = self.take(1)
+        self.take(WARMUP_STEPS)
+        gc.collect()
+        self.whole = peak_bytes(self.work.device)
+        reset_peak(self.work.device)
+        return Started(build_s, first_step_s, idle_bytes)
+
+    def turn(self, steps: int) -> Turn:
+        if self.work.device == "cpu":
+            return self.take(steps)
+        self.take(1)  # gets back the memory that was handed back after the last turn
+        turn = self.take(steps)
+        torch.cuda.empty_cache()  # the others have to fit on the same device
+        return turn
+
+    def memory(self) -> Memory:
+        steps = peak_bytes(self.work.device)
+        return Memory(steps, max(self.whole, steps))
+
+    def take(self, steps: int) -> Turn:
+        """On CUDA the steps are launched one after the other, as in training; the time is their mean."""
+        if self.work.device == "cpu":
+            timed = [self._timed() for _ in range(steps)]
+            return Turn([seconds for seconds, _ in timed], timed[-1][1])
+        self.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            loss = self._step()
+        self.synchronize()
+        return Turn([(time.perf_counter() - begin) / steps], loss.item())
+
+    def _timed(self) -> tuple[float, float]:
+        begin = time.perf_counter()
+        loss = self._step().item()
+        return time.perf_counter() - begin, loss
+
+    def _step(self) -> torch.Tensor:
+        batch = self.batches[self.count % len(self.batches)]
+        self.count += 1
+        return self.step(batch)
+
+    def synchronize(self) -> None:
+        if self.work.device != "cpu":
+            torch.accelerator.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory since `reset_peak`: of the process, or on CUDA of torch's allocator."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def reset_peak(device: str) -> None:
+    """Makes the peak what is in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found, f"/proc/self/status has no {field}"
+    return int(found[1]) * 1024

@@ -1,0 +1,24 @@
+"""Goes on from the parameters of another run, with a small learning rate and the text of your choice.
+
+    python -m experiments.finetune --init.run-dir runs/gpt2_124m --data.path shakespeare
+
+The model's shape is that of gpt2_124m; for another one give the same --model.* flags as the run that it
+starts from. Expected: the loss starts where the other run ended and does not jump.
+"""
+
+from pathlib import Path
+
+from nanogpt.config import DataConfig, EvalConfig, InitConfig, OptimConfig, RunConfig, TrainConfig
+from nanogpt.run import main
+
+config = RunConfig(
+    optim=OptimConfig(max_learning_rate=3e-5, min_learning_rate=3e-6, warmup_steps=10),
+    data=DataConfig(batch_size=4, total_batch_size=32768),
+    train=TrainConfig(max_steps=100),
+    eval=EvalConfig(interval=20, tokens=65536),
+    init=InitConfig(run_dir=Path("runs/gpt2_124m")),
+    run_dir=Path("runs/finetune"),
+)
+
+if __name__ == "__main__":
+    main(config)

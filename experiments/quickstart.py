@@ -1,0 +1,77 @@
+"""GPT-2 124M for an evening's first run: `make train`.
+
+The model and the step of gpt2_124m on the bundled Shakespeare, with a budget for the machine at hand. A CPU
+gets 40 steps; with fast bfloat16 of 4,096 tokens, without it (most desktop and older server CPUs multiply
+only float32 well) of 1,024, so that the run ends in minutes on two cores. A GPU gets 100 steps of the real
+batch. Expected: a loss from 10.9 to below 6.6 at step 40; on a GPU to below 5 at step 100 (not measured).
+
+On a CPU the steps run eagerly: compiling 12 layers there takes as long as several steps, and saves less over
+40 of them.
+"""
+
+import dataclasses
+import os
+import sys
+
+import torch
+
+from experiments.gpt2_124m import config as gpt2_124m
+from nanogpt import perf
+from nanogpt.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from nanogpt.run import main
+
+NEXT = """
+{run_dir} is at step {step}. What next:
+  the picture      {run_dir}/loss.png
+  more text        {python} -m nanogpt.sample --run-dir {run_dir} --prompt "KING:"
+  readable text    make shakespeare
+  the real run     {python} -m nanogpt.prepare openwebtext --out data/openwebtext
+                   {python} -m experiments.gpt2_124m --run-dir runs/openwebtext
+  on 8 GPUs        make ddp-train NGPUS=8 ARGS='--run-dir runs/openwebtext'"""
+
+
+def budget(hardware: perf.Hardware) -> RunConfig:
+    """gpt2_124m cut down to what `hardware` does in minutes."""
+    common = dict(
+        optim=OptimConfig(warmup_steps=5),
+        checkpoint=CheckpointConfig(interval=None, keep=1),
+        sample=SampleConfig(interval=None, tokens=60),
+    )
+    if hardware.device.type == "cuda":
+        return dataclasses.replace(
+            gpt2_124m,
+            data=DataConfig(path="shakespeare"),
+            train=TrainConfig(max_steps=100),
+            eval=EvalConfig(interval=20),
+            **common,
+        )
+    sequences = 4 if hardware.bf16_fast else 1
+    return dataclasses.replace(
+        gpt2_124m,
+        data=DataConfig(path="shakespeare", batch_size=sequences, total_batch_size=1024 * sequences),
+        train=TrainConfig(max_steps=40, compile=False),
+        eval=EvalConfig(interval=None, tokens=8192),
+        **common,
+    )
+
+
+def quickstart(default: RunConfig) -> None:
+    """The run, as its command line says, and what to do after it."""
+    result = main(default)
+    if result is not None:
+        python = os.path.relpath(sys.executable)
+        print(NEXT.format(python=python, run_dir=result.run_dir, step=result.step))
+
+
+config = budget(perf.detect(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+if __name__ == "__main__":
+    quickstart(config)

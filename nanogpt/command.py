@@ -1,0 +1,51 @@
+"""A program's command line: flags to a config, and a mistake of the user to one sentence and exit status
+2."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from typing import TypeVar
+
+import tyro
+
+from nanogpt.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse(kind: type[Config], *, default: Config) -> Config:
+    """A `kind` as the command line changes `default`; `--help` opens with the docstring of the program.
+
+    Raises UserError, as `kind` raised it, for values that do not fit together, and SystemExit (status 2)
+    after tyro has said what is wrong with a flag.
+    """
+    program = sys.modules["__main__"]
+    module = program.__spec__.name if program.__spec__ else None
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            prog = f"python -m {module}" if module else None
+            return tyro.cli(kind, default=default, prog=prog, description=program.__doc__)
+    except SystemExit as stop:
+        # tyro takes a ValueError of a config for its own business and draws a box around it.
+        mistake = stop.__context__
+        while mistake is not None and not isinstance(mistake, UserError):
+            mistake = mistake.__context__
+        if mistake is not None:
+            raise mistake from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+@contextlib.contextmanager
+def mistakes_in_a_sentence() -> Iterator[None]:
+    """Ends the program with one sentence on stderr and status 2 for a UserError, with status 130 for a
+    Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

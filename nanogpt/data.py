@@ -1,0 +1,295 @@
+"""Token files, and the batch of a step as a pure function of the step.
+
+A file is raw little-endian uint16, as nanoGPT writes it. It is cut into windows of T inputs and the T targets
+one to the right; an epoch visits every window once, in an order that (seed, epoch) decides. Nothing about the
+position in the data has to be saved: `batch_at(tokens, step, spec)` knows.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nanogpt.errors import UserError
+
+TOKEN_BYTES = 2
+RELEASE_BYTES = 64 << 20  # mapped pages are handed back after this much reading: resident memory stays flat
+FAULT_BYTES = 128 << 10  # what the kernel may map around a single touched page
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 1024, 4096
+
+
+class Batch(NamedTuple):
+    """A accumulation steps of B sequences of T tokens, and for each token the one that follows it."""
+
+    inputs: Int[Tensor, "A B T"]
+    targets: Int[Tensor, "A B T"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpec:
+    """How a step's sequences are cut and dealt out to processes and microsteps."""
+
+    block_size: int
+    """T, tokens in a sequence."""
+    batch_size: int
+    """B, sequences of one process in one microstep."""
+    total_batch_size: int
+    """Tokens of all processes in a step; a multiple of B x T x process_count."""
+    seed: int
+    """Decides the order of the windows, together with the epoch."""
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        micro = self.block_size * self.batch_size * self.process_count
+        if self.total_batch_size < 1 or self.total_batch_size % micro:
+            raise UserError(
+                f"a total batch of {self.total_batch_size:,} tokens does not divide into microsteps of "
+                f"{micro:,} ({self.process_count} devices x {self.batch_size} sequences x {self.block_size} "
+                f"tokens); "
+                f"set --data.total-batch-size to a multiple of {micro:,} or change --data.batch-size"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """A, microsteps in a step."""
+        return self.total_batch_size // (self.block_size * self.batch_size * self.process_count)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all processes in a step."""
+        return self.total_batch_size // self.block_size
+
+
+@runtime_checkable
+class Tokens(Protocol):
+    """A sequence of token ids: a numpy array, or a file that is read as it is sliced."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: slice) -> np.ndarray: ...
+
+
+class MappedTokens:
+    """A token file mapped into memory; touched pages are handed back every 64 MiB."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._tokens = np.frombuffer(self._map, dtype="<u2")
+        self._read_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        copy = self._tokens[window].copy()
+        self._read_bytes += copy.nbytes + FAULT_BYTES
+        if self._read_bytes > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read_bytes = 0
+        return copy
+
+
+class PreadTokens:
+    """A token file read with `pread`, for file systems that cannot be mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._length = os.fstat(self._file.fileno()).st_size // TOKEN_BYTES
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, _ = window.indices(self._length)
+        count = max(stop - start, 0) * TOKEN_BYTES
+        data = os.pread(self._file.fileno(), count, start * TOKEN_BYTES)
+        if len(data) != count:
+            raise UserError(
+                f"{self._file.name} ends at byte {start * TOKEN_BYTES + len(data)}; was it cut while in use?"
+            )
+        return np.frombuffer(data, dtype="<u2")
+
+
+def open_tokens(path: Path) -> Tokens:
+    """The tokens of a file, mapped where the file system can, else read with `pread`.
+
+    Raises UserError for a file that is missing, unreadable, empty or of an odd number of bytes.
+    """
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            raise UserError(
+                f"{path} is empty, expected uint16 tokens; prepare it again with python -m nanogpt.prepare"
+            )
+        if size % TOKEN_BYTES:
+            raise UserError(
+                f"{path} has an odd number of bytes ({size:,}), expected two for each token; "
+                f"it was cut or is not a token file: prepare it again with python -m nanogpt.prepare"
+            )
+        try:
+            return MappedTokens(path)
+        except OSError:
+            return PreadTokens(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UserError(
+            f"no token file at {path}; set --data.path to a folder with train.bin and val.bin, "
+            f"or make one with python -m nanogpt.prepare SOURCE --out DIR"
+        ) from error
+    except PermissionError as error:
+        raise UserError(
+            f"no permission to read {path}; expected a readable file: change its mode or owner"
+        ) from error
+
+
+def check_tokens(
+    tokens: Tokens, path: Path, *, vocab_size: int, block_size: int, max_token_id: int | None
+) -> None:
+    """Raises UserError unless the file holds a window and only ids below `vocab_size`.
+
+    `max_token_id` is the manifest's; without one the whole file is read once.
+    """
+    if len(tokens) < block_size + 1:
+        raise UserError(
+            f"{path} has {len(tokens):,} tokens, expected at least {block_size + 1:,} (a window and its last "
+            f"target); set a smaller --model.block-size or prepare more text"
+        )
+    if max_token_id is not None and max_token_id < vocab_size:
+        return
+    step = RELEASE_BYTES // TOKEN_BYTES
+    for start in range(0, len(tokens), step):
+        chunk = tokens[start : start + step]
+        if chunk.max() >= vocab_size:
+            position = start + int((chunk >= vocab_size).argmax())
+            raise UserError(
+                f"{path} has token id {tokens[position : position + 1][0]} at position {position:,}, "
+                f"expected ids below {vocab_size:,}; prepare it with this vocabulary's tokenizer or set "
+                f"--model.vocab-size"
+            )
+
+
+def window_count(token_count: int, block_size: int) -> int:
+    """Windows of `block_size` inputs and one more target; what is left over at the end is not used."""
+    return max(token_count - 1, 0) // block_size
+
+
+def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
+    """This process's part of the batch of a step: int64 on the CPU, a pure function of its arguments.
+
+    Sequence g of a step is the same whatever the number of processes; it goes to microstep g // (P B) and
+    there to process (g // B) mod P. Epochs follow each other without a gap, so a batch may hold the end of
+    one and the start of the next.
+    """
+    windows = window_count(len(tokens), spec.block_size)
+    A, B, T = spec.accumulation, spec.batch_size, spec.block_size
+    dealt = np.arange(spec.sequences).reshape(A, spec.process_count, B)[:, spec.process_index].ravel()
+    starts = window_at(step * spec.sequences + dealt, windows, spec.seed) * T
+    rows = np.empty((A * B, T + 1), dtype=np.int64)
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        row[:] = tokens[start : start + T + 1]
+    both = torch.from_numpy(rows).view(A, B, T + 1)
+    return Batch(both[..., :-1].contiguous(), both[..., 1:].contiguous())
+
+
+def window_at(position: np.ndarray, windows: int, seed: int) -> np.ndarray:
+    """The window at each position of the endless sequence of epochs, every epoch a permutation of its own."""
+    epoch, offset = np.divmod(position.astype(np.uint64), np.uint64(windows))
+    return permute(offset, windows, mix64(mix64(np.uint64(seed % 2**64)) ^ epoch)).astype(np.int64)
+
+
+def permute(x: np.ndarray, n: int, key: np.ndarray | np.uint64) -> np.ndarray:
+    """A permutation of [0, n) chosen by `key`, at x: no table, so a billion windows cost what ten do.
+
+    Four Feistel rounds permute the smallest even number of bits that holds n; results outside [0, n) walk on
+    along their cycle until they are inside. Source: Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains".
+    """
+    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    key = np.broadcast_to(key, x.shape)
+
+    def rounds(x: np.ndarray, key: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for number in range(4):
+            left, right = right, left ^ (mix64(key + (right << np.uint64(3)) + np.uint64(number)) & mask)
+        return left << half | right
+
+    y = rounds(x, key)
+    while (outside := y >= n).any():
+        y[outside] = rounds(y[outside], key[outside])
+    return y
+
+
+def mix64(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    """64 well-mixed bits of each uint64. Source: the finalizer of SplitMix64, Steele et al. 2014."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def prefetch(
+    batch_of: Callable[[int], Batch], steps: range, device: torch.device
+) -> Generator[Batch, None, None]:
+    """The batches of `steps` on `device`, each read, pinned and copied while the one before is in use."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    if not steps:
+        return
+
+    def load(step: int) -> tuple[Batch, torch.Event | None]:
+        batch = batch_of(step)
+        if stream is None:
+            return Batch(*(part.to(device) for part in batch)), None
+        with torch.cuda.stream(stream):
+            moved = Batch(*(part.pin_memory().to(device, non_blocking=True) for part in batch))
+        return moved, stream.record_event()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        pending = pool.submit(load, steps[0])
+        for step in steps:
+            batch, copied = pending.result()
+            if step != steps[-1]:
+                pending = pool.submit(load, step + steps.step)
+            if copied is not None:
+                torch.cuda.current_stream(device).wait_event(copied)
+                # The allocator must not hand this memory out while the step still reads it.
+                for part in batch:
+                    part.record_stream(torch.cuda.current_stream(device))
+            yield batch
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """What `nanogpt.prepare` wrote about a folder of tokens; None without a manifest (nanoGPT's)."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); prepare the folder again or remove the manifest"
+        ) from error
+
+
+def fingerprint(tokens: Tokens) -> str:
+    """A hash of the length and of 1,024 evenly spaced blocks of 4 KiB: the whole of a small file."""
+    digest = hashlib.sha256(f"{len(tokens)}:".encode())
+    count = FINGERPRINT_BLOCK_BYTES // TOKEN_BYTES
+    for start in np.linspace(0, max(len(tokens) - count, 0), FINGERPRINT_BLOCKS, dtype=np.int64).tolist():
+        digest.update(tokens[start : start + count].astype("<u2").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""The data folder of a run: found, opened and checked before anything is computed with it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanogpt.config import RunConfig
+from nanogpt.data import Tokens, check_tokens, fingerprint, open_tokens, read_manifest
+from nanogpt.errors import UserError
+from nanogpt.prepare import ensure_bundled
+from nanogpt.tokenizer import Tokenizer, gpt2, tokenizer_from
+
+OPENWEBTEXT = Path("data/openwebtext")
+BUNDLED = {"shakespeare": "gpt2", "shakespeare-char": "char"}
+
+
+class Dataset(NamedTuple):
+    """An opened and checked data folder."""
+
+    folder: Path
+    train: Tokens
+    val: Tokens
+    tokenizer: Tokenizer | None
+    """None where neither a manifest nor the size of the vocabulary tells."""
+    hash: str
+    note: str
+    """Why it is this folder, where the user has not said so."""
+
+
+def open_dataset(config: RunConfig) -> Dataset:
+    """The data folder of `config`, opened and checked.
+
+    Raises UserError for a missing folder, for what `open_tokens` and `check_tokens` refuse, and for a prompt
+    of `--sample` that has no token of the model.
+    """
+    folder, note = find_folder(config.data.path)
+    manifest = read_manifest(folder)
+    train, val = (open_split(folder, split, manifest, config) for split in ("train", "val"))
+    tokenizer = tokenizer_from(manifest["tokenizer"]) if manifest else None
+    if manifest is None and config.model.vocab_size == gpt2().vocab_size:
+        tokenizer = gpt2()  # nanoGPT's folders hold its tokens and do not say so
+    if tokenizer is not None:
+        check_prompt(tokenizer.encode(config.sample.prompt), config)
+    return Dataset(folder, train, val, tokenizer, f"{fingerprint(train)}-{fingerprint(val)}", note)
+
+
+def find_folder(path: str | None) -> tuple[Path, str]:
+    """The folder that `--data.path` means, with a note where nothing was said. Raises UserError if it is
+    none."""
+    note = ""
+    if path is None:
+        path = str(OPENWEBTEXT) if OPENWEBTEXT.is_dir() else "shakespeare"
+        if path == "shakespeare":
+            note = f"bundled, since {OPENWEBTEXT} is not prepared"
+    if path in BUNDLED and not Path(path).is_dir():
+        return ensure_bundled(BUNDLED[path]), note
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"no data folder at {folder}; set --data.path to a folder with train.bin and val.bin or to "
+            f"shakespeare, or prepare one with python -m nanogpt.prepare openwebtext --out {folder}"
+        )
+    return folder, note
+
+
+def open_split(folder: Path, split: str, manifest: dict[str, Any] | None, config: RunConfig) -> Tokens:
+    """The tokens of train.bin or val.bin, as many as the manifest says and all in the model's vocabulary."""
+    file = folder / f"{split}.bin"
+    tokens = open_tokens(file)
+    if manifest and len(tokens) != manifest["tokens"][split]:
+        raise UserError(
+            f"{file} has {len(tokens):,} tokens, its manifest says {manifest['tokens'][split]:,}; "
+            f"prepare the folder again"
+        )
+    check_tokens(
+        tokens,
+        file,
+        vocab_size=config.model.vocab_size,
+        block_size=config.model.block_size,
+        max_token_id=manifest["max_token_id"] if manifest else None,
+    )
+    return tokens
+
+
+def check_prompt(ids: list[int], config: RunConfig) -> None:
+    """Raises UserError unless there are ids and the model has them all."""
+    if not ids or max(ids) >= config.model.vocab_size:
+        raise UserError(
+            f"the prompt {config.sample.prompt!r} has the token ids {ids}, expected at least one and all "
+            f"below --model.vocab-size {config.model.vocab_size:,}; set another --sample.prompt"
+        )

@@ -1,0 +1,39 @@
+"""How good a model is: its loss on the validation text."""
+
+from collections.abc import Iterator
+
+import torch
+
+from nanogpt.data import Batch, Tokens, window_count
+from nanogpt.model import Params
+from nanogpt.train import EvalStep
+
+IGNORED = -100  # a target that cross-entropy leaves out
+
+
+def validation_loss(eval_step: EvalStep, params: Params, batches: Iterator[Batch]) -> float:
+    """Mean loss in nats over all targets of `batches` that are not -100."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        total += eval_step(params, batch).double().cpu()
+        count += int((batch.targets != IGNORED).sum())
+    return float(total) / count
+
+
+def validation_batches(
+    tokens: Tokens, *, token_count: int, batch_size: int, block_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """The first windows of the text, about `token_count` tokens, in batches [1, B, T] of one shape.
+
+    The same tokens whatever the batch size: rows that fill up the last batch have targets of -100.
+    """
+    windows = min(max(token_count // block_size, 1), window_count(len(tokens), block_size))
+    for first in range(0, windows, batch_size):
+        inputs = torch.zeros(1, batch_size, block_size, dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORED)
+        for row, window in enumerate(range(first, min(first + batch_size, windows))):
+            both = torch.from_numpy(
+                tokens[window * block_size : (window + 1) * block_size + 1].astype("int64")
+            )
+            inputs[0, row], targets[0, row] = both[:-1], both[1:]
+        yield Batch(inputs.to(device), targets.to(device))

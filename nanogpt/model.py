@@ -1,0 +1,318 @@
+"""GPT-2 as a pure function of its parameters: `apply(params, tokens, config) -> logits`.
+
+The network of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", exactly: learned
+positions, LayerNorm before each sublayer, biases everywhere, tanh GELU, and a head tied to the token
+embedding. Parameters carry the names and layouts of OpenAI's release (weights are [in, out]), so its files,
+and Hugging Face's, fit as they are.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanogpt.errors import UserError
+
+Params = dict[str, Tensor]
+"""Parameters under OpenAI's names: "wte.weight", "h.0.attn.c_attn.weight", ..., "ln_f.bias"."""
+
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math"]
+"""Which kernel computes attention: a fused one, PyTorch's reference ("math"), or PyTorch's own choice."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, queries, keys, values), each [B, H, T, D], to values: training and sampling differ in it."""
+
+INIT_STD = 0.02
+# A head of 50,304 columns multiplies faster than one of 50,257: its rows start on aligned addresses.
+VOCAB_MULTIPLE = 128
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+PUBLISHED_SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2; the default is the 124M one."""
+
+    vocab_size: int = 50257
+    """Number of token ids, at least 1. GPT-2's byte-pair encoding has 50,257; padding inside never shows."""
+    block_size: int = 1024
+    """Number of learned positions = length of a training sequence in tokens, at least 1."""
+    n_layer: int = 12
+    """Number of transformer blocks, at least 1."""
+    n_head: int = 12
+    """Number of attention heads in a block; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream, in features; a multiple of n_head."""
+    dropout: float = 0.0
+    """Probability of dropping a feature while training, in [0, 1). 0 is best where no text is seen twice."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)}, expected at least 1; set --model.{flag}"
+                )
+        if self.n_embd % self.n_head:
+            raise UserError(
+                f"n_embd {self.n_embd} does not divide into {self.n_head} heads; "
+                f"set --model.n-embd to a multiple of --model.n-head"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(
+                f"dropout is {self.dropout}, expected at least 0 and below 1; set --model.dropout"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Columns of the head as it is multiplied: `vocab_size` rounded up to a multiple of 128."""
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @functools.cached_property
+    def skeleton(self) -> "GPT2":
+        """The module that names the parameters and holds none: it lives on the meta device.
+
+        Kept on the config because a compiled function can read an attribute but not build a module: whoever
+        compiles `apply` reads this once before (as `init` and every `make_*` do).
+        """
+        with torch.device("meta"):
+            return GPT2(self)
+
+    @classmethod
+    def named(cls, name: str) -> "GPT2Config":
+        """One of the published sizes: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"."""
+        if name not in PUBLISHED_SIZES:
+            raise UserError(f"no GPT-2 is called {name!r}; expected one of {', '.join(PUBLISHED_SIZES)}")
+        return cls(**PUBLISHED_SIZES[name])
+
+
+def init(config: GPT2Config, generator: torch.Generator) -> Params:
+    """Fresh fp32 parameters on the generator's device, a pure function of the generator's state.
+
+    Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 n_layer);
+    biases are 0 and LayerNorm gains 1. Source: Radford et al. 2019, section 2.3, and OpenAI's code.
+    """
+
+    def init_leaf(name: str, shape: torch.Size) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(shape, device=generator.device)
+        if ".ln_" in f".{name}":
+            return torch.ones(shape, device=generator.device)
+        std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
+        return torch.randn(shape, generator=generator, device=generator.device) * std
+
+    return {name: init_leaf(name, leaf.shape) for name, leaf in config.skeleton.named_parameters()}
+
+
+def apply(
+    params: Params,
+    tokens: Int[Tensor, "B T"],
+    config: GPT2Config,
+    *,
+    dropout_key: Int[Tensor, ""] | None = None,
+    attention: Attention = "auto",
+) -> Float[Tensor, "B T V"]:
+    """Logits for the token after each position, in the dtype of `params`.
+
+    Without a `dropout_key` nothing is dropped. Raises UserError where T exceeds `block_size`.
+    """
+    features = apply_trunk(params, tokens, config, dropout_key=dropout_key, attention=attention)
+    return F.linear(features, padded_head(params, config))[..., : config.vocab_size]
+
+
+def apply_trunk(
+    params: Params,
+    tokens: Int[Tensor, "B T"],
+    config: GPT2Config,
+    *,
+    dropout_key: Int[Tensor, ""] | None = None,
+    attention: Attention = "auto",
+) -> Float[Tensor, "B T C"]:
+    """The features that the head turns into logits: everything but the last matrix product."""
+    if tokens.shape[1] > config.block_size:
+        raise UserError(
+            f"a sequence has {tokens.shape[1]} tokens, the model {config.block_size} positions; "
+            f"cut the sequence or set --model.block-size"
+        )
+    key = dropout_key if config.dropout else None
+
+    def attend(layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        if key is None:
+            return causal_attention(q_BHTD, k_BHTD, v_BHTD, attention)
+        return causal_attention_with_dropout(q_BHTD, k_BHTD, v_BHTD, config.dropout, key, 3 * layer + 1)
+
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return torch.func.functional_call(config.skeleton, params, (tokens, positions, attend, key))
+
+
+def padded_head(params: Params, config: GPT2Config) -> Float[Tensor, "P C"]:
+    """The tied head with zero rows up to `padded_vocab_size`; who multiplies by it cuts the logits to V."""
+    return F.pad(params["wte.weight"], (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+
+
+class GPT2(nn.Module):
+    """Embeddings, blocks, final LayerNorm."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        positions: Int[Tensor, "T"],
+        attend: Attend,
+        key: Int[Tensor, ""] | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        x = self.wte(tokens) + self.wpe(positions)
+        # Blocks run in the dtype of their weights; embeddings may be kept wider, so that rare tokens'
+        # gradients add up.
+        x = dropout(x.to(self.ln_f.weight.dtype), self.config.dropout, key, 0)
+        for layer, block in enumerate(self.h):
+            x = block(x, layer, attend, key)
+        return self.ln_f(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.rate = config.dropout
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = SelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], layer: int, attend: Attend, key: Int[Tensor, ""] | None
+    ) -> Float[Tensor, "B T C"]:
+        x = x + dropout(self.attn(self.ln_1(x), layer, attend), self.rate, key, 3 * layer + 2)
+        return x + dropout(self.mlp(self.ln_2(x)), self.rate, key, 3 * layer + 3)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; which positions see which is up to `attend`."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Float[Tensor, "B T C"], layer: int, attend: Attend) -> Float[Tensor, "B T C"]:
+        q_BHTD, k_BHTD, v_BHTD = (
+            rearrange(part, "B T (H D) -> B H T D", H=self.n_head) for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        return self.c_proj(rearrange(attend(layer, q_BHTD, k_BHTD, v_BHTD), "B H T D -> B T (H D)"))
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU between; F = 4 C hidden features."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Linear(nn.Module):
+    """x W + b with W stored [in, out], as OpenAI's release stores it."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+def causal_attention(
+    q_BHTD: Float[Tensor, "B H T D"],
+    k_BHTD: Float[Tensor, "B H T D"],
+    v_BHTD: Float[Tensor, "B H T D"],
+    attention: Attention,
+) -> Float[Tensor, "B H T D"]:
+    """Causal attention by the chosen kernel; PyTorch raises RuntimeError where the device lacks it."""
+    if attention == "auto":
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+    if attention not in BACKENDS:
+        raise UserError(
+            f"no attention is called {attention!r}; expected one of {', '.join(get_args(Attention))}"
+        )
+    with sdpa_kernel(BACKENDS[attention]):
+        return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
+
+
+def causal_attention_with_dropout(
+    q_BHTD: Float[Tensor, "B H T D"],
+    k_BHTD: Float[Tensor, "B H T D"],
+    v_BHTD: Float[Tensor, "B H T D"],
+    rate: float,
+    key: Int[Tensor, ""],
+    site: int,
+) -> Float[Tensor, "B H T D"]:
+    """Causal attention with dropped probabilities; T x T in memory, since fused kernels take no key."""
+    T, D = q_BHTD.shape[-2:]
+    scores = torch.einsum("bhtd,bhsd->bhts", q_BHTD, k_BHTD) / math.sqrt(D)
+    future = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).triu(1)
+    probabilities = scores.masked_fill(future, -math.inf).softmax(-1)
+    return torch.einsum("bhts,bhsd->bhtd", dropout(probabilities, rate, key, site), v_BHTD)
+
+
+def dropout(x: Tensor, rate: float, key: Int[Tensor, ""] | None, site: int) -> Tensor:
+    """x with a share `rate` of it zeroed and the rest scaled by 1 / (1 - rate); x itself without a key.
+
+    `site` numbers the places of the network that drop something: each has a mask of its own.
+    """
+    if key is None:
+        return x
+    return (x / (1 - rate)).masked_fill(~keep_mask(x, rate, fold_in(key, site)), 0)
+
+
+def keep_mask(x: Tensor, rate: float, key: Int[Tensor, ""]) -> Bool[Tensor, "..."]:
+    """True with probability 1 - rate, a function of (key, position in x) alone.
+
+    Integer arithmetic, so every device draws the same mask, compiled or not.
+    """
+    position = torch.arange(x.numel(), device=x.device).view(x.shape)
+    return mix(mix(position) ^ key) >= int(rate * 2**31)
+
+
+def fold_in(key: Int[Tensor, ""], data: int | Int[Tensor, ""]) -> Int[Tensor, ""]:
+    """A new key from a key and a number, as `jax.random.fold_in`."""
+    return mix(key * 0x01000193 + data)
+
+
+def mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    """31 well-mixed bits of each int64, as int64. Source: the "lowbias32" integer hash of Wellons 2018."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return (x ^ (x >> 16)) >> 1

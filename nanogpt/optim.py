@@ -1,0 +1,231 @@
+"""Optimizers as pairs of pure functions, and learning rates as functions of the step.
+
+The algebra is optax's: a `Transform` turns gradients into updates, transforms chain, and updates are added to
+the parameters. Nothing here knows what is being optimised; everything is tensor arithmetic, so it compiles
+with the step.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nanogpt import tree
+from nanogpt.errors import UserError
+from nanogpt.tree import Tree
+
+OptState = Any
+"""A tree of tensors that belongs to one transform."""
+
+Schedule = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
+"""Learning rate at a step; step 0 is the first update."""
+
+
+class Transform(NamedTuple):
+    """`init(params) -> opt_state` and `update(updates, opt_state, params) -> (updates, opt_state)`."""
+
+    init: Callable[[Tree], OptState]
+    update: Callable[[Tree, OptState, Tree], tuple[Tree, OptState]]
+
+
+class AdamState(NamedTuple):
+    """Number of updates so far; running means of the gradients and of their squares."""
+
+    count: Int[Tensor, ""]
+    mu: Tree
+    nu: Tree
+
+
+class ScheduleState(NamedTuple):
+    """Number of updates so far."""
+
+    count: Int[Tensor, ""]
+
+
+class LossScaleState(NamedTuple):
+    """What the loss is multiplied by, the number of finite steps since that changed, and the inner state."""
+
+    scale: Float[Tensor, ""]
+    finite_steps: Int[Tensor, ""]
+    inner: OptState
+
+
+def chain(*transforms: Transform) -> Transform:
+    """The transforms one after the other, each fed with the updates of the one before."""
+
+    def init(params: Tree) -> OptState:
+        return tuple(transform.init(params) for transform in transforms)
+
+    def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
+        states = []
+        for transform, state in zip(transforms, opt_state, strict=True):
+            updates, state = transform.update(updates, state, params)
+            states.append(state)
+        return updates, tuple(states)
+
+    return Transform(init, update)
+
+
+def clip_by_global_norm(max_norm: float) -> Transform:
+    """Scales all updates together so that their global norm is at most `max_norm`.
+
+    Source: Pascanu et al. 2013, "On the difficulty of training recurrent neural networks".
+    """
+    if not max_norm > 0:
+        raise UserError(f"the clip norm is {max_norm}, expected above 0; set --optim.gradient-clip-norm")
+
+    def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
+        scale = torch.clamp(max_norm / tree.global_norm(updates), max=1.0)
+        return tree.map(lambda g: g * scale, updates), opt_state
+
+    return Transform(lambda params: (), update)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
+    """Updates divided by the root of their running second moment, both moments bias-corrected.
+
+    Source: Kingma and Ba 2015, algorithm 1.
+    """
+
+    def init(params: Tree) -> AdamState:
+        zeros = tree.map(torch.zeros_like, params)
+        return AdamState(_zero_like(params), zeros, tree.map(torch.zeros_like, params))
+
+    def update(updates: Tree, opt_state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
+        count = opt_state.count + 1
+        mu_correction, nu_correction = 1 - b1 ** count.float(), 1 - b2 ** count.float()
+
+        # Leaf by leaf: what lies between moments and update is gone before that of the next leaf is made.
+        def update_leaf(g: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mu = torch.lerp(mu, g, 1 - b1)
+            nu = torch.lerp(nu, g * g, 1 - b2)
+            return (mu / mu_correction) / ((nu / nu_correction).sqrt() + eps), mu, nu
+
+        updates, mu, nu = tree.map_many(update_leaf, updates, opt_state.mu, opt_state.nu)
+        return updates, AdamState(count, mu, nu)
+
+    return Transform(init, update)
+
+
+def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Transform:
+    """Adds weight_decay * parameter to the updates where `mask(params)` is True.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
+    """
+
+    def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
+        decayed = tree.map(lambda u, p, m: u + weight_decay * p if m else u, updates, params, mask(params))
+        return decayed, opt_state
+
+    return Transform(lambda params: (), update)
+
+
+def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
+    """Updates times minus the learning rate: adding them to the parameters goes downhill."""
+
+    def init(params: Tree) -> ScheduleState:
+        return ScheduleState(_zero_like(params))
+
+    def update(updates: Tree, opt_state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
+        rate = learning_rate(opt_state.count) if callable(learning_rate) else learning_rate
+        return tree.map(lambda u: -rate * u, updates), ScheduleState(opt_state.count + 1)
+
+    return Transform(init, update)
+
+
+def matrices(params: Tree) -> Tree:
+    """True for leaves of two dimensions and more: those are decayed, biases and gains are not."""
+    return tree.map(lambda p: p.ndim >= 2, params)
+
+
+def adamw(
+    learning_rate: float | Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    decay_mask: Callable[[Tree], Tree] = matrices,
+) -> Transform:
+    """Adam, with decoupled weight decay where `decay_mask(params)` is True.
+
+    Source: Loshchilov and Hutter 2019. Raises UserError for a beta outside [0, 1).
+    """
+    for name, beta in (("b1", b1), ("b2", b2)):
+        if not 0 <= beta < 1:
+            raise UserError(f"{name} is {beta}, expected at least 0 and below 1; set --optim.betas")
+    return chain(
+        scale_by_adam(b1, b2, eps),
+        add_decayed_weights(weight_decay, decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """params + updates, leaf by leaf."""
+    return tree.map(lambda p, u: p + u, params, updates)
+
+
+def warmup_cosine(peak: float, *, final: float, warmup_steps: int, total_steps: int) -> Schedule:
+    """Learning rate by step: linear to `peak`, then half a cosine down to `final`, where it stays.
+
+    Step 0 already has peak / warmup_steps, so no update is empty; step warmup_steps - 1 has the peak.
+    Source: Brown et al. 2020, appendix B. Raises UserError unless 0 < warmup_steps < total_steps.
+    """
+    if not 0 < warmup_steps < total_steps:
+        raise UserError(
+            f"warmup takes {warmup_steps} of {total_steps} steps, expected at least 1 and fewer than all; "
+            f"set --optim.warmup-steps below --train.max-steps"
+        )
+
+    def schedule(step: Int[Tensor, ""]) -> Float[Tensor, ""]:
+        step = torch.as_tensor(step).float()
+        progress = ((step - warmup_steps) / (total_steps - warmup_steps)).clamp(0, 1)
+        cosine = final + (peak - final) * 0.5 * (1 + torch.cos(math.pi * progress))
+        return torch.where(step < warmup_steps, peak * (step + 1) / warmup_steps, cosine)
+
+    return schedule
+
+
+def dynamic_loss_scale(
+    inner: Transform, *, initial: float = 2.0**15, growth_interval: int = 2000, largest: float = 2.0**24
+) -> Transform:
+    """`inner` for gradients of `scale` times the loss; steps whose gradients overflow change nothing.
+
+    An overflow halves the scale, `growth_interval` finite steps in a row double it.
+    Source: Micikevicius et al. 2018, "Mixed precision training", section 3.2.
+    """
+
+    def init(params: Tree) -> LossScaleState:
+        scale = torch.full_like(_zero_like(params), initial, dtype=torch.float32)
+        return LossScaleState(scale, _zero_like(params), inner.init(params))
+
+    def update(updates: Tree, opt_state: LossScaleState, params: Tree) -> tuple[Tree, LossScaleState]:
+        scale, finite_steps, inner_state = opt_state
+        updates = tree.map(lambda g: g / scale, updates)
+        finite = all_finite(updates)
+        updates, stepped = inner.update(updates, inner_state, params)
+        updates = tree.map(lambda u: torch.where(finite, u, torch.zeros_like(u)), updates)
+        inner_state = tree.map(lambda new, old: torch.where(finite, new, old), stepped, inner_state)
+        grow = finite & (finite_steps + 1 >= growth_interval)
+        grown = torch.where(grow, (scale * 2).clamp(max=largest), scale)
+        return updates, LossScaleState(
+            torch.where(finite, grown, (scale / 2).clamp(min=1.0)),
+            torch.where(finite & ~grow, finite_steps + 1, torch.zeros_like(finite_steps)),
+            inner_state,
+        )
+
+    return Transform(init, update)
+
+
+def all_finite(updates: Tree) -> Bool[Tensor, ""]:
+    """True where no element of any leaf is infinite or NaN."""
+    return torch.stack([leaf.isfinite().all() for leaf in tree.leaves(updates)]).all()
+
+
+def _zero_like(params: Tree) -> Int[Tensor, ""]:
+    """A step count of 0 on the device of the parameters."""
+    return torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)

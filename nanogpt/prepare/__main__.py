@@ -1,0 +1,173 @@
+"""`python -m nanogpt.prepare`: text to token files, and a look at what is there."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanogpt.errors import UserError
+from nanogpt.prepare.build import PrepareConfig, prepare
+from nanogpt.prepare.check import inspect, verify
+from nanogpt.prepare.engines import ENGINES
+from nanogpt.prepare.manifest import SPLITS, Manifest, file_name
+from nanogpt.prepare.sources import SPLIT_FRACTION, SPLIT_SEED, Options
+
+DESCRIPTION = """\
+Turn text into train.bin, val.bin (GPT-2 tokens, raw uint16) and manifest.json. Killed at any moment, the same
+command continues where it was; finished, it does nothing.
+
+  python -m nanogpt.prepare openwebtext --out data/openwebtext
+  python -m nanogpt.prepare HuggingFaceFW/fineweb-edu --config sample-10BT --out data/fineweb-edu
+  python -m nanogpt.prepare roneneldan/TinyStories --out data/tinystories --skip-bad
+  python -m nanogpt.prepare corpus/ --out data/corpus
+  zcat dump.gz | python -m nanogpt.prepare - --out data/dump
+  python -m nanogpt.prepare verify data/openwebtext
+  python -m nanogpt.prepare inspect data/openwebtext
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; the exit status."""
+    command, *rest = arguments or [""]
+    try:
+        if command == "verify":
+            folder = folder_argument(
+                "verify", "Check everything that the manifest says about a folder.", rest
+            )
+            report(folder, verify(folder), "everything is as its manifest says")
+        elif command == "inspect":
+            show(
+                folder_argument(
+                    "inspect", "Print counts, document lengths and a few documents of a folder.", rest
+                )
+            )
+        else:
+            config = parse(arguments)
+            report(config.out, prepare(config), "ready")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: list[str]) -> PrepareConfig:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanogpt.prepare",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        help="openwebtext, owner/name on the hub (parquet), a file or folder of .parquet, "
+        ".jsonl or .txt (the last two also .gz, .xz, .zst), - for standard input, or shakespeare (bundled); "
+        "or a command: verify DIR, inspect DIR",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the files; created where it is missing",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes, 1 or more; the files do not depend on it (one a core)",
+    )
+    add(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="documents that validate, 0 to below 1 "
+        f"({SPLIT_FRACTION}); of a single text, the part at its end (0.1)",
+    )
+    add(
+        "--split-seed",
+        type=int,
+        default=SPLIT_SEED,
+        metavar="N",
+        help="which documents validate, 0 or more (%(default)s)",
+    )
+    add(
+        "--text-column", default="text", metavar="NAME", help="column or JSON field of the text (%(default)s)"
+    )
+    add(
+        "--tokenizer",
+        default="gpt2",
+        choices=("gpt2", "char"),
+        help="byte pairs, or one id a character (%(default)s)",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N documents, 1 or more (all)")
+    add(
+        "--separator",
+        metavar="LINE",
+        help="in text: a line of its own between documents (a file is a document)",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out documents that cannot be used, and count them (stop there)",
+    )
+    add(
+        "--revision",
+        metavar="REV",
+        help="commit, tag or branch of a hub data set (the newest; openwebtext: a fixed one)",
+    )
+    add("--config", metavar="NAME", help="configuration of a hub data set, such as sample-10BT (its default)")
+    add("--split", default="train", metavar="NAME", help="split of a hub data set (%(default)s)")
+    add(
+        "--cached",
+        action="store_true",
+        help="download hub files into the cache of `datasets` first (read as a stream)",
+    )
+    add(
+        "--engine",
+        default="auto",
+        choices=("auto", *ENGINES),
+        help="what does the work; fastokens is checked against "
+        "tiktoken on the way and given up at the first difference (%(default)s: fastokens where installed)",
+    )
+    flags = vars(parser.parse_args(arguments))
+    names = Options.__dataclass_fields__
+    options = Options(**{name: value for name, value in flags.items() if name in names})
+    return PrepareConfig(
+        options=options, **{name: value for name, value in flags.items() if name not in names}
+    )
+
+
+def folder_argument(command: str, description: str, arguments: list[str]) -> Path:
+    parser = argparse.ArgumentParser(prog=f"python -m nanogpt.prepare {command}", description=description)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that prepare wrote")
+    return parser.parse_args(arguments).folder
+
+
+def report(folder: Path, manifest: Manifest, word: str) -> None:
+    for split in SPLITS:
+        documents, tokens = manifest.documents[split], manifest.tokens[split]
+        print(f"{file_name(split):9} {documents:>13,} documents {tokens:>16,} tokens")
+    if manifest.skipped:
+        print("left out:", ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()))
+    print(f"{folder}: {word}")
+
+
+def show(folder: Path) -> None:
+    manifest, looks = inspect(folder)
+    revision = f" at {manifest.revision}" if manifest.revision else ""
+    print(f"{folder}: {manifest.source}{revision}, {manifest.tokenizer['name']}, {manifest.vocab_size:,} ids")
+    for split, look in looks.items():
+        print(f"\n{file_name(split)}: {look.documents:,} documents, {look.tokens:,} tokens")
+        if look.length_percentiles:
+            lengths = ", ".join(f"{p} %: {length:,}" for p, length in look.length_percentiles.items())
+            print(f"tokens a document by percentile: {lengths}")
+        for text in look.samples:
+            print(f"  | {text[:400]!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""Parquet and zstandard through pyarrow: the edge that only sources of these kinds load."""
+
+import functools
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pyarrow
+import pyarrow.parquet as pq
+
+from nanogpt.prepare.readers import Bad, Part, Rows, Unreadable, damaged, hub_unreachable, missing_column
+
+HUB = "hf://"
+READ_ERRORS = (pyarrow.ArrowException, EOFError, OSError, httpx2.HTTPError)
+BATCH_ROWS = 256
+"""Rows in memory at once: few, because a row may be a book."""
+
+
+def row_parts(name: str, part_bytes: int, cached: bool) -> Iterator[tuple[Part, int]]:
+    """Parts of a parquet file with about `part_bytes` of uncompressed rows, each with its own bytes."""
+    try:
+        metadata = open_parquet(name, cached).metadata
+    except READ_ERRORS as error:
+        yield Unreadable(unreadable(name, error)), 0
+        return
+    groups: list[int] = []
+    first_row = rows = uncompressed = compressed = 0
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        groups.append(i)
+        rows += group.num_rows
+        uncompressed += group.total_byte_size
+        compressed += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+        if uncompressed >= part_bytes or i == metadata.num_row_groups - 1:
+            yield Rows(name, tuple(groups), first_row, cached), compressed
+            groups, first_row, rows, uncompressed, compressed = [], first_row + rows, 0, 0, 0
+
+
+def column_values(part: Rows, column: str) -> Iterator[Any]:
+    """The values of `column` in `part`; a `Bad` where the file has no such column or is damaged."""
+    try:
+        file = open_parquet(part.name, part.cached)
+        if column not in file.schema_arrow.names:
+            yield missing_column(part.name, file.schema_arrow.names, column)
+            return
+        for batch in file.iter_batches(BATCH_ROWS, list(part.groups), [column], use_threads=False):
+            yield from decoded_column(batch.column(0))
+    except READ_ERRORS as error:
+        yield unreadable(part.name, error)
+
+
+def unreadable(name: str, error: BaseException) -> Bad:
+    """What is wrong with the file. Raises where the file may be sound: the hub or the disk went away."""
+    if name.startswith(HUB) and not isinstance(error, pyarrow.ArrowException | EOFError):
+        raise hub_unreachable(name, error) from error
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return damaged(name, error)  # without a number, pyarrow's OSError is bytes that do not decompress
+
+
+def decoded_column(values: pyarrow.Array) -> list[Any]:
+    """Python values; a text whose bytes are not UTF-8, which pyarrow does not check, becomes a `Bad`."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError:
+        return [decoded_value(value) for value in values]
+
+
+def decoded_value(value: pyarrow.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return Bad("undecodable bytes", f"a row has text that is not UTF-8 ({error}), expected UTF-8")
+
+
+def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
+    """A file on this machine, or `hf://...` on the hub."""
+    return open_hub_parquet(name, cached) if name.startswith(HUB) else pq.ParquetFile(name)
+
+
+@functools.lru_cache(maxsize=2)
+def open_hub_parquet(name: str, cached: bool) -> pq.ParquetFile:
+    """Kept open, because asking the hub for a file again and again takes longer than reading a part of it."""
+    from nanogpt.prepare import hub  # noqa: PLC0415  slow to import, and only this needs it
+
+    return pq.ParquetFile(hub.open_file(name, cached), pre_buffer=True)
+
+
+def open_zstandard(raw: io.BufferedIOBase) -> io.BufferedIOBase:
+    """The uncompressed bytes of `raw`; damaged ones raise EOFError, as the standard library has it."""
+    return io.BufferedReader(_Zstandard(raw))
+
+
+class _Zstandard(io.RawIOBase):
+    def __init__(self, raw: io.BufferedIOBase) -> None:
+        self._stream = pyarrow.CompressedInputStream(raw, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise EOFError(str(error)) from error
+        buffer[: len(data)] = data
+        return len(data)

@@ -1,0 +1,343 @@
+"""The whole of it: find the source, make its shards, draw the validation documents, write the folder."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanogpt import __version__
+from nanogpt.errors import UserError
+from nanogpt.prepare.engines import ENGINES, EnginesDifferError, choose_engine
+from nanogpt.prepare.journal import FOLDER_NAME, Journal, content_hash, open_journal, read_job
+from nanogpt.prepare.manifest import (
+    MANIFEST_VERSION,
+    SPLITS,
+    Manifest,
+    file_name,
+    has_expected_sizes,
+    read_manifest,
+    write_manifest,
+)
+from nanogpt.prepare.progress import Progress
+from nanogpt.prepare.readers import Bad
+from nanogpt.prepare.shards import Job, Record, encode_all, read_shard, readable
+from nanogpt.prepare.sources import SPLIT_FRACTION, SPLIT_SEED, Options, Source, find_source
+from nanogpt.tokenizer import Tokenizer, characters, gpt2
+
+BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
+"""Of English text; for the check of disk space."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """A run of `prepare`; each field is the flag of that name."""
+
+    source: str
+    out: Path
+    workers: int | None = None
+    """Processes; None is one for each core that this process may use."""
+    tokenizer: str = "gpt2"
+    text_column: str = "text"
+    split_seed: int = SPLIT_SEED
+    limit: int | None = None
+    skip_bad: bool = False
+    engine: str = "auto"
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        fraction = self.options.val_fraction
+        if fraction is not None and not 0 <= fraction < 1:
+            raise UserError(
+                f"got --val-fraction {fraction}, expected at least 0 and below 1; the usual is 0.0005"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"got --workers {self.workers}, expected 1 or more; leave it out for one a core")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"got --limit {self.limit}, expected 1 or more documents; leave it out for all")
+        if self.split_seed < 0:
+            raise UserError(
+                f"got --split-seed {self.split_seed}, expected 0 or more; the usual is {SPLIT_SEED}"
+            )
+        if self.tokenizer not in BYTES_PER_TOKEN:
+            raise UserError(f"got --tokenizer {self.tokenizer}, expected gpt2 or char; set one of them")
+        if self.engine not in ("auto", *ENGINES):
+            raise UserError(
+                f"got --engine {self.engine}, expected auto, {' or '.join(ENGINES)}; set one of them"
+            )
+        if self.engine == "fastokens" and choose_engine("auto", self.tokenizer) != "fastokens":
+            raise UserError(
+                "got --engine fastokens, expected it installed and --tokenizer gpt2; "
+                "install `nanogpt[fast]` or leave the flag out"
+            )
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Write `train.bin`, `val.bin` and `manifest.json` to `config.out`, or find them there, made before.
+
+    The bytes depend on the source, the tokenizer and the settings in the manifest; not on the number of
+    workers, the engine, or how often the run was interrupted. Raises UserError for every mistake of the user.
+    """
+    source = find_source(config.source, with_known_revision(config))
+    if source.tail is not None and config.limit is not None:
+        raise UserError(f"got --limit for {source.name}, a single text, expected documents; leave it out")
+    settings = settings_of(config, source)
+    if finished := finished_manifest(config, source, settings):
+        return finished
+    check_disk(config, source)
+    tokenizer = gpt2() if config.tokenizer == "gpt2" else characters_of(source, config)
+    job_settings = {"source": source.name, "revision": source.revision, "tokenizer": tokenizer.describe()}
+    job_settings |= settings | {"content": content_hash(source.identity), "program": __version__}
+    engine = choose_engine(config.engine, tokenizer.name)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        with open_journal(
+            config.out, job_settings, engine=engine, restartable=source.identity is not None
+        ) as journal:
+            records = encode(config, source, tokenizer, journal)
+            documents = min(sum(record.documents for record in records), config.limit or sys.maxsize)
+            validates = validation_mask(
+                documents, fraction=settings["val_fraction"], seed=settings["split_seed"]
+            )
+            files = assemble(records, validates, journal.folder, config.out)
+            manifest = manifest_of(source, tokenizer, settings, records, files)
+            write_manifest(config.out, manifest)
+            journal.remove()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {config.out} ({error.strerror}), expected room and permission there; "
+            "make some, or choose another --out"
+        ) from error
+    return manifest
+
+
+def with_known_revision(config: PrepareConfig) -> Options:
+    """The options with the commit that an earlier call in this folder found, where none is asked for."""
+    if config.options.revision is not None:
+        return config.options
+    job = read_job(config.out)
+    if job is not None:
+        source, revision = job["settings"]["source"], job["settings"]["revision"]
+    elif (config.out / "manifest.json").is_file():
+        manifest = read_manifest(config.out)
+        source, revision = manifest.source, manifest.revision
+    else:
+        return config.options
+    return replace(config.options, revision=revision if source == config.source else None)
+
+
+def settings_of(config: PrepareConfig, source: Source) -> dict[str, Any]:
+    """What the bytes depend on besides source and tokenizer."""
+    fraction = SPLIT_FRACTION if config.options.val_fraction is None else config.options.val_fraction
+    return {
+        "val_fraction": fraction if source.tail is None else source.tail,
+        "split": "seeded" if source.tail is None else "tail",
+        "split_seed": config.split_seed if source.tail is None else None,
+        "text_column": config.text_column,
+        "config": config.options.config,
+        "hub_split": config.options.split,
+        "separator": config.options.separator,
+        "limit": config.limit,
+        "skip_bad": config.skip_bad,
+        "source_bytes": source.source_bytes,
+    }
+
+
+def finished_manifest(config: PrepareConfig, source: Source, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest of an earlier call with the same settings; None where the folder is free.
+
+    Raises UserError where other data lies there, because nothing is ever overwritten.
+    """
+    held = [name for name in ("manifest.json", *map(file_name, SPLITS)) if (config.out / name).exists()]
+    unfinished = read_job(config.out) is not None
+    if not held or (unfinished and "manifest.json" not in held):
+        return None
+    if "manifest.json" in held:
+        manifest = read_manifest(config.out)
+        have = (manifest.source, manifest.revision, manifest.tokenizer["name"], manifest.settings)
+        want = (source.name, source.revision, config.tokenizer, settings)
+        if have == want and source.identity is not None and has_expected_sizes(config.out, manifest):
+            shutil.rmtree(config.out / FOLDER_NAME, ignore_errors=True)
+            return manifest
+    raise UserError(
+        f"{config.out} already holds {', '.join(held)} of other data or settings, expected a free folder; "
+        "choose another --out, or delete them first"
+    )
+
+
+def check_disk(config: PrepareConfig, source: Source) -> None:
+    """Raises UserError where the shards and the files made from them, which exist together, would not fit."""
+    if source.text_bytes is None or config.limit is not None:
+        return
+    needed = 2 * 2 * source.text_bytes / BYTES_PER_TOKEN[config.tokenizer]
+    existing = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free + folder_bytes(config.out / FOLDER_NAME)
+    if free < needed:
+        raise UserError(
+            f"{existing} has {free / 1e9:,.1f} GB free, expected about {needed / 1e9:,.1f} GB, of which half "
+            "is needed only while it works; free some, set --limit, or choose another --out"
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.shard"))
+
+
+def characters_of(source: Source, config: PrepareConfig) -> Tokenizer:
+    """A tokenizer of the characters of all documents: one more pass over the source, in this process."""
+    if source.identity is None:
+        raise UserError(
+            "got --tokenizer char for standard input, which can be read only once, expected a file; "
+            "save it and name the file"
+        )
+    alphabet: set[str] = set()
+    documents = chain.from_iterable(readable(shard.part, config.text_column) for shard in source.shards())
+    for document in islice((d for d in documents if not isinstance(d, Bad)), config.limit):
+        alphabet.update(document)
+    return characters("".join(alphabet))
+
+
+def encode(config: PrepareConfig, source: Source, tokenizer: Tokenizer, journal: Journal) -> list[Record]:
+    """Records of all shards that are needed, in order; what the journal lacks is made and noted there."""
+    job = Job(
+        folder=str(journal.folder),
+        tokenizer=json.dumps(tokenizer.describe()),
+        engine=journal.engine,
+        column=config.text_column,
+        skip_bad=config.skip_bad,
+        limit=config.limit,
+    )
+    try:
+        return encode_with(job, config, source, journal)
+    except EnginesDifferError as error:
+        sys.stderr.write(
+            f"warning: {journal.engine} disagrees with tiktoken on this input ({error}); "
+            "everything is done again with tiktoken, which is slower\n"
+        )
+        journal.start_anew("tiktoken")
+        return encode_with(replace(job, engine="tiktoken"), config, source, journal)
+
+
+def encode_with(job: Job, config: PrepareConfig, source: Source, journal: Journal) -> list[Record]:
+    """The same, by one engine. Raises UserError at the first bad document that is needed."""
+    progress = Progress(source.source_bytes, engine=job.engine, kept=journal.records)
+    workers = config.workers or len(os.sched_getaffinity(0))
+    records: list[Record] = []
+    documents = 0
+    for record in encode_all(source.shards(), job, workers, dict(journal.records)):
+        records.append(record)
+        documents += record.documents
+        progress.add(record)
+        enough = config.limit is not None and documents >= config.limit
+        if record.bad is not None and not enough:
+            progress.finish()
+            raise UserError(f"{record.bad}; mend the source, or leave such documents out with --skip-bad")
+        if record.index not in journal.records:
+            journal.add(record)
+        if enough:
+            break
+    progress.finish()
+    return records
+
+
+def assemble(records: list[Record], validates: np.ndarray, folder: Path, out: Path) -> "dict[str, TokenFile]":
+    """The token files in `out`, by rename, from the shards in `folder`; val.bin has what `validates`.
+
+    Documents keep the order of the source; there may be more in the last shard than `validates` speaks of.
+    """
+    files = {split: TokenFile(folder / f"{file_name(split)}.partial") for split in SPLITS}
+    start = 0
+    for record in records:
+        ids, lengths = read_shard(folder, record)
+        chosen = validates[start : start + record.documents]
+        start += chosen.size
+        lengths = lengths[: chosen.size]
+        ids = ids[: lengths.sum()]
+        files["train"].append(
+            ids if not chosen.any() else ids[np.repeat(~chosen, lengths)], int((~chosen).sum())
+        )
+        if chosen.any():
+            files["val"].append(ids[np.repeat(chosen, lengths)], int(chosen.sum()))
+    for split, file in files.items():
+        file.move_to(out / file_name(split))
+    return files
+
+
+class TokenFile:
+    """A token file that grows, with what the manifest says about it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self.documents = self.tokens = self.max_token_id = 0
+
+    def append(self, ids: np.ndarray, documents: int) -> None:
+        self._file.write(ids.data)
+        self._digest.update(ids.data)
+        self.tokens += ids.size
+        self.documents += documents
+        self.max_token_id = max(self.max_token_id, int(ids.max(initial=0)))
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def move_to(self, path: Path) -> None:
+        """Complete, on the disk, and only then under its name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._path.replace(path)
+
+
+def validation_mask(documents: int, *, fraction: float, seed: int | None) -> np.ndarray:
+    """For each document in the order of the source, whether it validates; `seed` None: all but the first.
+
+    A draw is that of `train_test_split(test_size=fraction, seed=seed, shuffle=True)` of `datasets`: the first
+    ceil(fraction x documents) of a permutation. Raises UserError where no document is left to train on.
+    """
+    mask = np.zeros(documents, bool)
+    if seed is None:
+        mask[1:] = True
+    else:
+        mask[np.random.default_rng(seed).permutation(documents)[: math.ceil(fraction * documents)]] = True
+    if mask.all():
+        raise UserError(
+            f"got {documents} documents of which {mask.sum()} would validate, expected at least one "
+            "to train on; name a source with more, or set --val-fraction 0 to hold out none"
+        )
+    return mask
+
+
+def manifest_of(
+    source: Source,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    records: list[Record],
+    files: dict[str, TokenFile],
+) -> Manifest:
+    skipped: Counter[str] = Counter()
+    for record in records:
+        skipped.update(record.skipped)
+    return Manifest(
+        version=MANIFEST_VERSION,
+        source=source.name,
+        revision=source.revision,
+        tokenizer=tokenizer.describe(),
+        vocab_size=tokenizer.vocab_size,
+        documents={split: file.documents for split, file in files.items()},
+        tokens={split: file.tokens for split, file in files.items()},
+        sha256={file_name(split): file.sha256 for split, file in files.items()},
+        max_token_id=max(file.max_token_id for file in files.values()),
+        skipped=dict(sorted(skipped.items())),
+        settings=settings,
+    )

@@ -1,0 +1,120 @@
+"""What turns documents into ids: tiktoken, the reference, or fastokens where it is installed and equal."""
+
+import functools
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from nanogpt.tokenizer import Tokenizer, byte_alphabet, tokenizer_from, without_surrogates
+
+ENGINES = ("tiktoken", "fastokens")
+SAMPLE_FRACTION = 0.01
+"""Of the characters of each batch, encoded again by tiktoken."""
+
+Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts to their ids, one after the other as uint16, and the number of ids of each as int64."""
+
+
+class EnginesDifferError(Exception):
+    """A faster tokenizer gave other ids than tiktoken, or none: the run has to begin again with tiktoken."""
+
+
+def choose_engine(wanted: str, tokenizer_name: str) -> str:
+    """The engine of `--engine wanted`: for `auto` the fastest that is installed and knows the tokenizer."""
+    if wanted != "auto":
+        return wanted
+    installed = tokenizer_name == "gpt2" and importlib.util.find_spec("fastokens") is not None
+    return "fastokens" if installed else "tiktoken"
+
+
+@functools.cache
+def encoder(engine: str, tokenizer: str) -> Encode:
+    """The engine's function for the tokenizer described by the JSON `tokenizer`; built once in a process."""
+    reference = tokenizer_from(json.loads(tokenizer))
+    if engine == "tiktoken":
+        return functools.partial(encode_each, reference)
+    return checked(fastokens_encoder(), reference)
+
+
+def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The reference: each text by itself."""
+    ids = [tokenizer.encode_array(text) for text in texts]
+    return np.concatenate([np.empty(0, np.uint16), *ids]), np.array([part.size for part in ids], np.int64)
+
+
+def checked(fast: Encode, reference: Tokenizer) -> Encode:
+    """`fast`, with an EnginesDifferError where a sample of its input comes out otherwise than tiktoken's.
+
+    The first batch is compared as a whole; of each other one a piece, whose place moves on.
+    """
+    batches = 0
+
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal batches
+        ids, lengths = fast(texts)
+        if batches == 0:
+            expected, expected_lengths = encode_each(reference, texts)
+            equal = np.array_equal(ids, expected) and np.array_equal(lengths, expected_lengths)
+        else:
+            piece = sample_of(texts, batches)
+            equal = np.array_equal(fast([piece])[0], reference.encode_array(piece))
+        if not equal:
+            raise EnginesDifferError("other ids for the same text")
+        batches += 1
+        return ids, lengths
+
+    return encode
+
+
+def sample_of(texts: Sequence[str], turn: int) -> str:
+    """A piece of one of the texts, SAMPLE_FRACTION of all characters; `turn` says which and where."""
+    size = max(1, int(sum(map(len, texts)) * SAMPLE_FRACTION))
+    text = texts[turn % len(texts)]
+    start = turn * size % max(1, len(text) - size)
+    return text[start : start + size]
+
+
+def fastokens_encoder() -> Encode:
+    """GPT-2's tokenizer in fastokens, built from the merges file in the package."""
+    import fastokens  # noqa: PLC0415  optional
+
+    # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
+    fast = fastokens.Tokenizer.from_json_str(tokenizer_json())
+
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            ids, offsets = fast.encode_batch_flat(list(texts))
+        except UnicodeEncodeError:
+            ids, offsets = fast.encode_batch_flat([without_surrogates(text) for text in texts])
+        except (ValueError, RuntimeError) as error:  # a limit of its own: tiktoken knows none
+            raise EnginesDifferError(str(error)) from error
+        lengths = np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+        return np.frombuffer(ids, np.uint32).astype(np.uint16), lengths
+
+    return encode
+
+
+def tokenizer_json() -> str:
+    """GPT-2's tokenizer in the format of Hugging Face's `tokenizer.json`, without its special token."""
+    file = resources.files("nanogpt").joinpath("assets/vocab.bpe")
+    merges = file.read_text(encoding="utf-8").splitlines()[1:]
+    vocab = [*byte_alphabet(), *(merge.replace(" ", "") for merge in merges)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": {token: i for i, token in enumerate(vocab)},
+        "merges": merges,
+    }
+    steps = {"normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
+    extent = {"truncation": None, "padding": None, "added_tokens": []}
+    return json.dumps({"version": "1.0", **extent, **steps, "model": model})

@@ -1,0 +1,77 @@
+"""How far a run is: a live line on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from typing import TextIO
+
+from nanogpt.prepare.shards import Record
+from nanogpt.units import format_seconds
+
+OPENWEBTEXT_TOKENS = 9_035_582_198 + 4_434_897
+ESTIMATE_AFTER_S = 3.0
+PLAIN_LINE_EVERY_S = 10.0
+BAR_WIDTH = 24
+
+
+class Progress:
+    """Counts records and writes about them to `stream`; `source_bytes` is None where the end is unknown."""
+
+    def __init__(
+        self, source_bytes: int | None, *, engine: str, kept: dict[int, Record], stream: TextIO | None = None
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live = self._stream.isatty()
+        self._source_bytes = source_bytes
+        self._engine = engine
+        self._kept = set(kept)
+        self._start = self._last_line = time.monotonic()
+        self._documents = self._tokens = self._read = 0
+        self._new_tokens = self._new_characters = self._new_read = 0
+        self._estimated = False
+
+    def add(self, record: Record) -> None:
+        self._documents += record.documents
+        self._tokens += record.tokens
+        self._read += record.source_bytes
+        if record.index not in self._kept:
+            self._new_tokens += record.tokens
+            self._new_characters += record.characters
+            self._new_read += record.source_bytes
+        now = time.monotonic()
+        if not self._estimated and now - self._start >= ESTIMATE_AFTER_S and self._new_tokens:
+            whole = format_seconds(OPENWEBTEXT_TOKENS / self._rate())
+            self._say(f"at this rate all of OpenWebText would take {whole}")
+            self._estimated = True
+        if self._live:
+            self._stream.write(f"\r\x1b[K{self._line()}")
+            self._stream.flush()
+        elif now - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._say(self._line())
+
+    def finish(self) -> None:
+        """The last line; always one."""
+        self._say(self._counts())
+
+    def _say(self, line: str) -> None:
+        self._stream.write(f"\r\x1b[K{line}\n" if self._live else f"{line}\n")
+        self._stream.flush()
+        self._last_line = time.monotonic()
+
+    def _rate(self) -> float:
+        """New tokens in a second."""
+        return self._new_tokens / max(time.monotonic() - self._start, 1e-9)
+
+    def _counts(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        return (
+            f"{self._documents:,} documents, {self._tokens / 1e6:,.1f} M tokens, {self._engine} "
+            f"{self._rate() / 1e6:.1f} M tokens/s, {self._new_characters / seconds / 1e6:.0f} MB/s"
+        )
+
+    def _line(self) -> str:
+        if not self._source_bytes or not self._new_read:
+            return self._counts()
+        done = min(1.0, self._read / self._source_bytes)
+        bar = "#" * round(done * BAR_WIDTH)
+        left_s = (self._source_bytes - self._read) * (time.monotonic() - self._start) / self._new_read
+        return f"[{bar:<{BAR_WIDTH}}] {done:4.0%} {self._counts()}, {format_seconds(max(left_s, 0))} left"

@@ -1,0 +1,235 @@
+"""The documents of one part of a source: a block of lines, rows of a parquet file, or whole text files.
+
+A part is small, picklable and the same whoever reads it, so that any worker may have any part.
+"""
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from nanogpt.errors import UserError
+
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+"""What the decompressors of the standard library raise for a file that is cut short or altered."""
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What stands in the place of a document that cannot be used."""
+
+    reason: str
+    """What `--skip-bad` counts."""
+    sentence: str
+    """What the user reads otherwise: where it is, what was found and what was expected."""
+
+
+Document = str | Bad
+
+
+@runtime_checkable
+class Part(Protocol):
+    def documents(self, column: str) -> Iterator[Document]:
+        """The documents in order; `column` names the field of the text where rows have fields."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lines:
+    """JSON lines: bytes `start` to `stop` of a plain file, or `data` out of a stream."""
+
+    name: str
+    start: int = 0
+    stop: int = 0
+    data: bytes | None = None
+    first_line: int | None = None
+    """Number of the first line, from 1; None where knowing it means reading what comes before."""
+
+    def documents(self, column: str) -> Iterator[Document]:
+        for i, line in enumerate(self._read().split(b"\n")):
+            if line.strip():
+                yield json_text(line, column, partial(self._place, i))
+
+    def _read(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        with Path(self.name).open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.stop - self.start)
+
+    def _place(self, i: int) -> str:
+        first = self.first_line
+        if first is None:
+            with Path(self.name).open("rb") as file:
+                first = 1 + sum(block.count(b"\n") for block in blocks(file, self.start))
+        return f"{self.name} line {first + i:,}"
+
+
+@dataclass(frozen=True)
+class Separated:
+    """Text in which a line of its own stands between documents."""
+
+    name: str
+    data: bytes
+    separator: bytes
+    first_line: int
+
+    def documents(self, column: str) -> Iterator[Document]:
+        lines = self.data.removesuffix(b"\n").split(b"\n")
+        ends = [i for i, line in enumerate(lines) if line.rstrip(b"\r") == self.separator] + [len(lines)]
+        starts = [0] + [end + 1 for end in ends[:-1]]
+        for start, end in zip(starts, ends, strict=True):
+            raw = b"\n".join(lines[start:end])
+            if end < len(lines) or raw.strip():
+                yield decoded(raw, partial("{} line {:,}".format, self.name, self.first_line + start))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Whole text files, or `data`, a document each; with a `tail`, that fraction of the text is another."""
+
+    names: tuple[str, ...]
+    data: bytes | None = None
+    tail: float | None = None
+
+    def documents(self, column: str) -> Iterator[Document]:
+        for name in self.names:
+            text = self._text(name)
+            if self.tail is None or isinstance(text, Bad):
+                yield text
+            else:
+                yield from head_and_tail(text, self.tail)
+
+    def _text(self, name: str) -> Document:
+        if self.data is not None:
+            return decoded(self.data, partial(str, name))
+        try:
+            with Path(name).open("rb") as raw, open_stream(raw, Path(name).suffix) as file:
+                return decoded(file.read(), partial(str, name))
+        except DAMAGED as error:
+            return damaged(name, error)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row groups of a parquet file, on this machine or on the hub."""
+
+    name: str
+    groups: tuple[int, ...]
+    first_row: int
+    """Number of the first of these rows in the file, from 0."""
+    cached: bool
+    """Whether a file on the hub is downloaded as a whole before it is read."""
+
+    def documents(self, column: str) -> Iterator[Document]:
+        from nanogpt.prepare import arrow  # noqa: PLC0415  heavy, and only this needs it
+
+        for row, value in enumerate(arrow.column_values(self, column), self.first_row):
+            yield (
+                value
+                if isinstance(value, Bad)
+                else usable(value, partial("{} row {:,}".format, self.name, row))
+            )
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In the place of a file, or the rest of one, that could not be read at all."""
+
+    bad: Bad
+
+    def documents(self, column: str) -> Iterator[Document]:
+        yield self.bad
+
+
+def json_text(line: bytes, column: str, place: Callable[[], str]) -> Document:
+    """The field `column` of a line of JSON. `place()` says where the line is."""
+    text = decoded(line, place)
+    if isinstance(text, Bad):
+        return text
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        return Bad("broken JSON", f"{place()} is not JSON ({error}), expected one object a line")
+    if not isinstance(row, dict):
+        return Bad("broken JSON", f"{place()} holds a {type(row).__name__}, expected one JSON object a line")
+    if column not in row:
+        return missing_column(place(), list(row), column)
+    return usable(row[column], place)
+
+
+def decoded(raw: bytes, place: Callable[[], str]) -> Document:
+    """UTF-8 as text, without a byte order mark."""
+    try:
+        return usable(raw.decode("utf-8-sig"), place)
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        return Bad("undecodable bytes", f"{place()} has 0x{byte:02x} at byte {error.start:,}, expected UTF-8")
+
+
+def usable(value: Any, place: Callable[[], str]) -> Document:
+    """`value` where it is a text that is not empty."""
+    if not isinstance(value, str):
+        return Bad("not a text", f"{place()} holds a {type(value).__name__}, expected a text")
+    return value or Bad("empty", f"{place()} is an empty document, expected at least one character")
+
+
+def missing_column(place: str, columns: list[str], column: str) -> Bad:
+    found = ", ".join(columns) or "no columns"
+    return Bad("missing column", f"{place} has {found}, expected {column!r} (set --text-column)")
+
+
+def damaged(name: str, error: BaseException) -> Bad:
+    return Bad("damaged file", f"{name} is cut short or damaged ({error}), expected a complete file")
+
+
+def hub_unreachable(name: str, error: BaseException) -> UserError:
+    return UserError(
+        f"cannot read {name} ({first_line(error)}), expected a hub that answers; "
+        "check the network and run the same command again: it continues where it was"
+    )
+
+
+def source_gone(error: OSError) -> UserError:
+    return UserError(
+        f"cannot read the source ({error}), expected it to stay where it is; "
+        "bring it back and run the same command again: it continues where it was"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def head_and_tail(text: str, fraction: float) -> tuple[str, str]:
+    """`text` cut so that the second piece has `fraction` of its characters, rounded down."""
+    cut = len(text) - int(len(text) * fraction)
+    return text[:cut], text[cut:]
+
+
+def blocks(file: BufferedIOBase, size: int) -> Iterator[bytes]:
+    """The first `size` bytes of `file` in pieces."""
+    while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+        size -= len(block)
+        yield block
+
+
+def open_stream(raw: Any, suffix: str) -> BufferedIOBase:
+    """A readable file of the uncompressed bytes of `raw`, whose name ends with `suffix`."""
+    match suffix:
+        case ".gz":
+            return gzip.open(raw)
+        case ".xz":
+            return lzma.open(raw)
+        case ".zst":
+            from nanogpt.prepare import arrow  # noqa: PLC0415  heavy, and only this needs it
+
+            return arrow.open_zstandard(raw)
+    return raw

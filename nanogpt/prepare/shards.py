@@ -1,0 +1,199 @@
+"""Worker processes turn parts of a source into shards: token files of their own, in the source's order."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from io import BufferedIOBase
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.errors import UserError
+from nanogpt.prepare.engines import encoder
+from nanogpt.prepare.readers import Bad, Document, Part, source_gone
+from nanogpt.prepare.sources import Shard
+from nanogpt.tokenizer import tokenizer_from
+
+BATCH_CHARACTERS = 1 << 20
+"""Text that is tokenised at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a worker has to know besides its part."""
+
+    folder: str
+    """Where shards are written."""
+    tokenizer: str
+    """`Tokenizer.describe()` as JSON."""
+    engine: str
+    column: str
+    skip_bad: bool
+    limit: int | None
+    """Documents of the whole run; so no shard needs more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What became of a part."""
+
+    index: int
+    documents: int
+    tokens: int
+    """With an end of text after each document."""
+    characters: int
+    source_bytes: int
+    sha256: str
+    """Of the shard's file: ids as uint16, then the number of ids of each document as uint32."""
+    skipped: dict[str, int]
+    bad: str | None = None
+    """What is wrong with the document after the last one: the shard ends there."""
+
+
+def shard_path(folder: str | Path, index: int) -> Path:
+    return Path(folder) / f"{index:06d}.shard"
+
+
+def encode_shard(shard: Shard, job: Job) -> Record:
+    """Write the shard, complete or not at all. Raises UserError where the source or the disk fails."""
+    path = shard_path(job.folder, shard.index)
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            record = write_shard(shard, job, file)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror}), expected room and permission there; make some and "
+            "run the same command again: it continues where it was"
+        ) from error
+    return record
+
+
+def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> Record:
+    encode, end_of_text = (
+        encoder(job.engine, job.tokenizer),
+        tokenizer_from(json.loads(job.tokenizer)).end_of_text,
+    )
+    found: list[Bad] = []
+    good = good_documents(readable(shard.part, job.column), job.skip_bad, found)
+    digest = hashlib.sha256()
+    lengths = [np.empty(0, "<u4")]
+    characters = tokens = 0
+    for texts in batches(islice(good, job.limit)):
+        ids, sizes = encode(texts)
+        if end_of_text is not None:
+            ids, sizes = np.insert(ids, np.cumsum(sizes), end_of_text), sizes + 1
+        characters += sum(map(len, texts))
+        tokens += ids.size
+        lengths.append(sizes.astype("<u4"))
+        for_file = ids.astype("<u2", copy=False)
+        digest.update(for_file.data)
+        file.write(for_file.data)
+    all_lengths = np.concatenate(lengths)
+    digest.update(all_lengths.data)
+    file.write(all_lengths.data)
+    return Record(
+        index=shard.index,
+        documents=all_lengths.size,
+        tokens=tokens,
+        characters=characters,
+        source_bytes=shard.source_bytes,
+        sha256=digest.hexdigest(),
+        skipped=dict(Counter(bad.reason for bad in found)) if job.skip_bad else {},
+        bad=found[0].sentence if found and not job.skip_bad else None,
+    )
+
+
+def read_shard(folder: str | Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and lengths that `write_shard` wrote, mapped."""
+    data = (
+        np.memmap(shard_path(folder, record.index), np.uint8, "r") if record.tokens else np.empty(0, np.uint8)
+    )
+    return data[: 2 * record.tokens].view("<u2"), data[2 * record.tokens :].view("<u4")
+
+
+def readable(part: Part, column: str) -> Iterator[Document]:
+    """The documents of `part`. Raises UserError where the source went away."""
+    try:
+        yield from part.documents(column)
+    except OSError as error:
+        raise source_gone(error) from error
+
+
+def good_documents(documents: Iterable[Document], skip_bad: bool, found: list[Bad]) -> Iterator[str]:
+    """The texts, while bad documents go into `found`: all of them, or one that ends the iteration."""
+    for document in documents:
+        if isinstance(document, str):
+            yield document
+        else:
+            found.append(document)
+            if not skip_bad:
+                return
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of about BATCH_CHARACTERS together."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, Record]) -> Iterator[Record]:
+    """A record for each shard, in order, from `workers` processes; those in `done` are taken as they are.
+
+    Raises UserError where a worker failed or died.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nanogpt.prepare.warm"])
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
+    pending: deque[Record | Future[Record]] = deque()
+    try:
+        for shard in shards:
+            pending.append(done.get(shard.index) or pool.submit(encode_shard, shard, job))
+            if len(pending) > 2 * workers:
+                yield record_of(pending.popleft())
+        while pending:
+            yield record_of(pending.popleft())
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory, expected it to finish; "
+            "run the same command again with fewer --workers: it continues where it was"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def record_of(result: Record | Future[Record]) -> Record:
+    return result if isinstance(result, Record) else result.result()
+
+
+def prepare_worker() -> None:
+    """One core for each worker, no word about Ctrl-C, and no life after the parent's, however that ended."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # fastokens reads it when it first encodes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,276 @@
+"""What the user named: a hub data set, files, standard input or the bundled text, as numbered parts."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib import resources
+from io import BufferedIOBase, BufferedReader
+from pathlib import Path
+from typing import Any, cast
+
+from nanogpt.errors import UserError
+from nanogpt.prepare.bundled import SHAKESPEARE, TAIL_FRACTION
+from nanogpt.prepare.readers import (
+    BLOCK_BYTES,
+    DAMAGED,
+    Lines,
+    Part,
+    Separated,
+    Texts,
+    Unreadable,
+    damaged,
+    open_stream,
+    source_gone,
+)
+
+PART_BYTES = 8 << 20
+"""Text in one part: what a killed run loses at most for each worker, and a bound on memory."""
+STANDARD_INPUT = "-"
+SPLIT_FRACTION, SPLIT_SEED = 0.0005, 2357
+"""nanoGPT's for OpenWebText; whence its 4,007 validation documents."""
+HUB_SHORTHANDS = {
+    # 80 parquet files, 8,013,769 documents
+    "openwebtext": ("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c"),
+}
+COMPRESSIONS = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0}
+"""Bytes of text to a byte of file, about: for the check of disk space and the time left."""
+PARQUET_RATIO = 1.8
+JSON_LINES, PARQUET, TEXT = "JSON lines", "parquet", "text"
+KINDS = {".parquet": PARQUET, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".json": JSON_LINES, ".txt": TEXT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a source is to be read, as the flags of the same names say."""
+
+    revision: str | None = None
+    config: str | None = None
+    split: str = "train"
+    separator: str | None = None
+    cached: bool = False
+    val_fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part, its place in the source, and its share of the source's bytes."""
+
+    index: int
+    source_bytes: int
+    part: Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    name: str
+    revision: str | None = None
+    source_bytes: int | None
+    """Of all files, as they lie; None where nobody knows."""
+    text_bytes: int | None
+    """Of the text in them, about."""
+    identity: Any
+    """JSON that changes when the content does, as far as sizes and times tell; None for a stream."""
+    tail: float | None = None
+    """The fraction at the end of a single text that validates; None where documents are drawn."""
+    parts: Callable[[], Iterator[tuple[Part, int]]]
+
+    def shards(self) -> Iterator[Shard]:
+        """The parts in order, the same ones in each call. Raises UserError where the source went away."""
+        try:
+            for index, (part, source_bytes) in enumerate(self.parts()):
+                yield Shard(index, source_bytes, part)
+        except OSError as error:
+            raise source_gone(error) from error
+
+
+def find_source(name: str, options: Options) -> Source:
+    """The source called `name`. Raises UserError where there is none or its files are of no use."""
+    if name == SHAKESPEARE:
+        path = str(resources.files("nanogpt").joinpath("assets/shakespeare.txt"))
+        return replace(single_text(path, None, options, TAIL_FRACTION), name=name, identity=SHAKESPEARE)
+    if name == STANDARD_INPUT:
+        return standard_input(cast(BufferedReader, sys.stdin.buffer), options)
+    if name not in HUB_SHORTHANDS and Path(name).exists():
+        return local_source(name, options)
+    if name in HUB_SHORTHANDS or re.fullmatch(r"[\w-]+/[\w.-]+", name):
+        return hub_source(name, options)
+    raise UserError(
+        f"there is no file, folder or data set {name!r}, expected a path, owner/name on the hub, "
+        f"{', '.join(HUB_SHORTHANDS)}, {SHAKESPEARE} or {STANDARD_INPUT} for standard input; "
+        "check the spelling"
+    )
+
+
+def hub_source(name: str, options: Options) -> Source:
+    from nanogpt.prepare import arrow, hub  # noqa: PLC0415  slow to import, and only this needs it
+
+    full_name, pinned = HUB_SHORTHANDS.get(name, (name, None))
+    revision = options.revision or pinned
+    files = hub.find_files(full_name, revision=revision, config=options.config, split=options.split)
+
+    def parts() -> Iterator[tuple[Part, int]]:
+        for file in files.names:
+            yield from arrow.row_parts(file, PART_BYTES, options.cached)
+
+    return Source(
+        name=full_name,
+        revision=files.revision,
+        source_bytes=sum(files.sizes),
+        text_bytes=int(PARQUET_RATIO * sum(files.sizes)),
+        identity=[full_name, files.revision, options.config, options.split],
+        parts=parts,
+    )
+
+
+def local_source(name: str, options: Options) -> Source:
+    """A file, or a folder of files of one kind, in the order of their paths."""
+    root = Path(name)
+    paths = sorted(p for p in root.rglob("*") if p.is_file() and kind_of(p)) if root.is_dir() else [root]
+    kinds = {kind_of(path) or TEXT for path in paths}
+    if len(kinds) != 1:
+        found = " and ".join(sorted(kinds)) or "no file of these"
+        raise UserError(
+            f"{name} holds {found}, expected files of one kind: .parquet, .jsonl or .txt, the last two also "
+            "as .gz, .xz or .zst; name a file, or a folder of one kind"
+        )
+    kind = kinds.pop()
+    if kind == TEXT and len(paths) == 1 and options.separator is None:
+        return single_text(str(paths[0]), None, options, TAIL_FRACTION, name)
+    sizes = {path: path.stat().st_size for path in paths}
+    ratio = {path: PARQUET_RATIO if kind == PARQUET else COMPRESSIONS.get(path.suffix, 1.0) for path in paths}
+    return Source(
+        name=name,
+        source_bytes=sum(sizes.values()),
+        text_bytes=int(sum(ratio[path] * sizes[path] for path in paths)),
+        identity=[file_identity(path) for path in paths],
+        parts=lambda: local_parts(paths, kind, options),
+    )
+
+
+def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tuple[Part, int]]:
+    if kind == PARQUET:
+        from nanogpt.prepare import arrow  # noqa: PLC0415  heavy, and only this needs it
+
+        for path in paths:
+            yield from arrow.row_parts(str(path), PART_BYTES, cached=False)
+    elif kind == JSON_LINES:
+        for path in paths:
+            yield from file_blocks(path, None) if path.suffix in COMPRESSIONS else json_ranges(path)
+    elif options.separator is not None:
+        for path in paths:
+            yield from file_blocks(path, options.separator)
+    else:
+        yield from whole_texts(paths)
+
+
+def single_text(
+    path: str, data: bytes | None, options: Options, tail: float, name: str | None = None
+) -> Source:
+    """A text without documents in it: its end validates, `val_fraction` of the characters or else `tail`."""
+    fraction = tail if options.val_fraction is None else options.val_fraction
+    size = Path(path).stat().st_size if data is None else len(data)
+    part = Texts((path,), data, fraction or None)
+    return Source(
+        name=name or path,
+        source_bytes=size,
+        text_bytes=int(size * COMPRESSIONS.get(Path(path).suffix, 1.0)),
+        identity=file_identity(Path(path)) if data is None else None,
+        tail=fraction,
+        parts=lambda: iter([(part, size)]),
+    )
+
+
+def standard_input(stream: BufferedReader, options: Options) -> Source:
+    """JSON lines where the first character is `{`, else text: one, or with a separator many."""
+    name = "standard input"
+    if options.separator is not None:
+        blocks = stream_blocks(stream, name, options.separator)
+    elif stream.peek(1).lstrip().startswith(b"{"):
+        blocks = stream_blocks(stream, name, None)
+    else:
+        return single_text(name, stream.read(), options, TAIL_FRACTION)
+    return Source(
+        name=name,
+        source_bytes=None,
+        text_bytes=None,
+        identity=None,
+        parts=lambda: ((part, 0) for part in blocks),
+    )
+
+
+def json_ranges(path: Path) -> Iterator[tuple[Part, int]]:
+    """Ranges of bytes that end with a line: a worker reads its own, and nobody anything twice."""
+    size, start = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while start < size:
+            file.seek(start + PART_BYTES)
+            file.readline()
+            stop = min(file.tell(), size)
+            yield Lines(str(path), start, stop), stop - start
+            start = stop
+
+
+def file_blocks(path: Path, separator: str | None) -> Iterator[tuple[Part, int]]:
+    """Blocks of a file that has to be read from its start, each with the bytes of the file that it took."""
+    before = 0
+    with path.open("rb") as raw:
+        try:
+            with open_stream(raw, path.suffix) as stream:
+                for part in stream_blocks(stream, str(path), separator):
+                    yield part, raw.tell() - before
+                    before = raw.tell()
+        except DAMAGED as error:
+            yield Unreadable(damaged(str(path), error)), 0
+
+
+def stream_blocks(stream: BufferedIOBase, name: str, separator: str | None) -> Iterator[Part]:
+    """Blocks that end with a document: JSON lines, or text with a line `separator` between documents."""
+    sign = b"" if separator is None else separator.encode() + b"\n"
+    pieces: list[bytes] = []
+    first_line = 1
+    while piece := stream.read(BLOCK_BYTES):
+        pieces.append(piece)
+        if sum(map(len, pieces)) >= PART_BYTES:
+            data = b"".join(pieces)
+            end = data.rfind(b"\n" + sign) + 1 + len(sign)
+            pieces = [data[end:]] if end > len(sign) else [data]
+            if end > len(sign):
+                yield stream_part(name, data[:end], separator, first_line)
+                first_line += data.count(b"\n", 0, end)
+    if data := b"".join(pieces):
+        yield stream_part(name, data, separator, first_line)
+
+
+def stream_part(name: str, data: bytes, separator: str | None, first_line: int) -> Part:
+    if separator is None:
+        return Lines(name, data=data, first_line=first_line)
+    return Separated(name, data, separator.encode(), first_line)
+
+
+def whole_texts(paths: list[Path]) -> Iterator[tuple[Part, int]]:
+    """Files in groups of about a part's size."""
+    names: list[str] = []
+    size = 0
+    for path in paths:
+        names.append(str(path))
+        size += path.stat().st_size
+        if size >= PART_BYTES:
+            yield Texts(tuple(names)), size
+            names, size = [], 0
+    if names:
+        yield Texts(tuple(names)), size
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind that the name says, a compression's ending aside; None for other and hidden files."""
+    if path.name.startswith("."):
+        return None
+    inner = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    kind = KINDS.get(inner.suffix)
+    return None if kind == PARQUET and inner != path else kind
+
+
+def file_identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]

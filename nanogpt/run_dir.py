@@ -1,0 +1,149 @@
+"""A run directory: whether it is this run's, where the run stands in it, and the file that says what it
+is."""
+
+import dataclasses
+import functools
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nanogpt
+from nanogpt.checkpoint import Checkpointer
+from nanogpt.config import RunConfig
+from nanogpt.dataset import Dataset
+from nanogpt.errors import UserError
+
+CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+# What may change when a run goes on: it decides neither the numbers nor which tokens are seen. None is a
+# whole group.
+FREE_TO_CHANGE = {
+    "data": {"path", "batch_size"},
+    "train": {"stop_after", "device", "compile", "attention"},
+    "eval": None,
+    "checkpoint": None,
+    "track": None,
+    "sample": None,
+    "init": None,
+    "resume": None,
+    "run_dir": None,
+    "plan": None,
+}
+
+
+def starting_step(config: RunConfig, dataset: Dataset, checkpointer: Checkpointer) -> int:
+    """The step of the checkpoint to go on from, 0 without one. Raises UserError where the directory is not
+    this run's."""
+    run_dir, latest = config.run_dir, checkpointer.latest()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file, expected a directory to write to; choose another --run-dir")
+    known = read_about(run_dir)
+    foreign = [name for name in (METRICS, PICTURE) if (run_dir / name).exists()]
+    if known is None and latest is None and foreign:
+        raise UserError(
+            f"{run_dir} holds {foreign[0]} but no {CONFIG}, so it is not a run's directory; choose another "
+            "--run-dir"
+        )
+    if config.resume == "never" and (latest is not None or known is not None):
+        raise UserError(
+            f"{run_dir} holds a run (at step {latest or 0}), expected none with --resume never; "
+            f"choose another --run-dir or remove it"
+        )
+    if config.resume == "must" and latest is None:
+        raise UserError(
+            f"{run_dir} has no checkpoint, expected one with --resume must; check --run-dir or leave out "
+            "--resume"
+        )
+    for about in (known, None if latest is None else checkpointer.metadata(latest)):
+        if about is not None:
+            check_same_run(about, config, dataset)
+    return latest or 0
+
+
+def read_about(run_dir: Path) -> dict[str, Any] | None:
+    """What config.json says about the run; None where there is none. Raises UserError where it cannot be
+    read."""
+    path = run_dir / CONFIG
+    if not path.exists():
+        return None
+    try:
+        about = json.loads(path.read_text())
+        if about["config"].keys() and about["data_hash"]:
+            return about
+        raise KeyError("config")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not what a run wrote ({type(error).__name__}: {error}); "
+            f"move it away (each checkpoint holds the same) or choose another --run-dir"
+        ) from error
+
+
+def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -> None:
+    """Raises UserError at the first value that decides the run's numbers and differs, and for other data."""
+    now = to_json(config)
+    for group, values in now.items():
+        free = FREE_TO_CHANGE.get(group, set())
+        for name, new in values.items() if free is not None else ():
+            old = about["config"].get(group, {}).get(name)
+            if name not in free and old != new:
+                raise UserError(
+                    f"{config.run_dir} holds a run with --{group}.{name.replace('_', '-')} {old}, now {new}; "
+                    f"repeat its flags (they are in {CONFIG}) or choose another --run-dir"
+                )
+    if about["data_hash"] != dataset.hash:
+        raise UserError(
+            f"{config.run_dir} was trained on other data than {dataset.folder} holds; choose another "
+            f"--run-dir, or go on with the data that its {CONFIG} names"
+        )
+
+
+def make_run_dir(config: RunConfig, about: dict[str, Any]) -> None:
+    """Creates the run directory and writes config.json. Raises UserError where that is not possible."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        part = config.run_dir / f"{CONFIG}.part"
+        part.write_text(json.dumps(about, indent=2) + "\n")
+        part.replace(config.run_dir / CONFIG)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {config.run_dir} ({error.strerror}), expected a directory of yours with room; "
+            f"choose another --run-dir"
+        ) from error
+
+
+def describe(config: RunConfig, dataset: Dataset, precision: str) -> dict[str, Any]:
+    """What a reader of a run directory or a checkpoint has to know: config, data, tokenizer, versions,
+    commit."""
+    return {
+        "config": to_json(config),
+        "precision": precision,
+        "data": str(dataset.folder),
+        "data_hash": dataset.hash,
+        "tokenizer": dataset.tokenizer.describe() if dataset.tokenizer else None,
+        "versions": {
+            "nanogpt": nanogpt.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "git_commit": git_commit(),
+        },
+        "command": sys.argv,
+    }
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON would give it back: lists for tuples, strings for paths."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit that this code is at, with a "+" where the tree has changes; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,202 @@
+"""Text from a model: the prompt in one pass, then one token at a time against a cache of keys and values.
+
+`python -m nanogpt.sample --run-dir runs/gpt2_124m --prompt "To be"` prints a continuation from a run's
+checkpoint.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nanogpt import command
+from nanogpt.checkpoint import load_params
+from nanogpt.errors import UserError
+from nanogpt.model import GPT2Config, Params, padded_head
+from nanogpt.tokenizer import Tokenizer, tokenizer_from
+
+Cache = list[tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]]
+"""Keys and values of each layer for S = block_size positions; those not reached yet hold zeros."""
+
+
+def generate(
+    params: Params,
+    config: GPT2Config,
+    prompt: Int[Tensor, "B T"],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    compile: bool = False,
+) -> Int[Tensor, "B N"]:
+    """The prompt followed by `max_new_tokens` drawn tokens.
+
+    `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the smallest set whose
+    probability reaches p (Holtzman et al. 2020). A text longer than `block_size` goes on from its last half
+    block. With `compile` the one-token step is compiled, once for all positions. Raises UserError for
+    settings out of range.
+    """
+    check_settings(config, prompt, max_new_tokens, temperature, top_k, top_p)
+    step = compiled_decode() if compile else decode
+    tokens = prompt[:, -config.block_size :]
+    cache = empty_cache(params, config, prompt.shape[0])
+    with torch.no_grad():
+        logits, position = decode(params, tokens, 0, cache, config), tokens.shape[1]
+        for _ in range(max_new_tokens):
+            drawn = draw(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            prompt = torch.cat([prompt, drawn], dim=1)
+            if position < config.block_size:
+                logits = step(params, drawn, torch.tensor(position, device=prompt.device), cache, config)
+                position += 1
+            else:
+                position = max(config.block_size // 2, 1)
+                logits = decode(params, prompt[:, -position:], 0, cache, config)
+    return prompt
+
+
+def decode(
+    params: Params, tokens: Int[Tensor, "B T"], start: int | Int[Tensor, ""], cache: Cache, config: GPT2Config
+) -> Float[Tensor, "B V"]:
+    """Logits after the last of `tokens`, which stand at positions `start` and on; writes their keys and
+    values to `cache`.
+
+    Every call attends over all S positions of the cache behind a mask, so its shapes do not depend on
+    `start`.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device) + start
+    seen = torch.arange(config.block_size, device=tokens.device) <= positions[:, None]
+
+    def attend(layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        k_BHSD, v_BHSD = cache[layer]
+        k_BHSD.index_copy_(2, positions, k_BHTD)
+        v_BHSD.index_copy_(2, positions, v_BHTD)
+        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=seen)
+
+    features = torch.func.functional_call(config.skeleton, params, (tokens, positions, attend))
+    return F.linear(features[:, -1], padded_head(params, config))[:, : config.vocab_size]
+
+
+@functools.cache
+def compiled_decode() -> Callable[..., Float[Tensor, "B V"]]:
+    """`decode` as one graph. Made when asked for: torch.compile imports for seconds."""
+    return torch.compile(decode, fullgraph=True, dynamic=False)
+
+
+def draw(
+    logits: Float[Tensor, "B V"],
+    *,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Int[Tensor, "B 1"]:
+    """One token a row from the cut and tempered distribution; randomness comes from `generator` alone."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the probability before this token already reaches p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def empty_cache(params: Params, config: GPT2Config, batch_size: int) -> Cache:
+    """Room for block_size positions in every layer, in the dtype and on the device of the blocks."""
+    like = params["ln_f.weight"]
+    shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+    return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.n_layer)]
+
+
+def check_settings(
+    config: GPT2Config,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    """Raises UserError for a prompt without tokens or a setting out of range."""
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise UserError(f"the prompt has shape {list(prompt.shape)}, expected [B, T] with at least one token")
+    for token in (int(prompt.min()), int(prompt.max())):
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"the prompt has token id {token}, expected ids from 0 to {config.vocab_size - 1}"
+            )
+    if max_new_tokens < 0 or temperature < 0:
+        raise UserError(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; neither may be below 0"
+        )
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}, expected at least 1; leave it out to keep every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}, expected above 0 and at most 1; leave it out to keep every token")
+
+
+def text_of(tokens: Int[Tensor, "N"], tokenizer: Tokenizer) -> str:
+    """The text of drawn tokens, without those that only the model's vocabulary has: it may be the larger
+    one."""
+    return tokenizer.decode([token for token in tokens.tolist() if token < tokenizer.vocab_size])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    """Print text that a trained model writes."""
+
+    run_dir: Path = Path("runs/gpt2_124m")
+    """Run directory with a checkpoint."""
+    prompt: str = "\n"
+    """Text to go on from."""
+    max_new_tokens: int = 200
+    """Tokens to write, at least 1."""
+    count: int = 1
+    """Number of texts, at least 1."""
+    temperature: float = 0.8
+    """0 takes the likeliest token, 1 draws from the model as it is."""
+    top_k: int | None = 200
+    """Draw among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have this probability, above 0 and at most 1."""
+    seed: int = 1337
+    """Same seed, same text."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "count"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1; set --{flag}")
+
+
+def main(wanted: SampleCommand) -> None:
+    """Prints `count` texts, a line of dashes between them."""
+    params, metadata = load_params(wanted.run_dir / "checkpoints")
+    config = GPT2Config(**metadata["config"]["model"])
+    tokenizer = tokenizer_from(metadata["tokenizer"])
+    prompt = torch.tensor([tokenizer.encode(wanted.prompt)] * wanted.count)
+    texts = generate(
+        params,
+        config,
+        prompt,
+        max_new_tokens=wanted.max_new_tokens,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        top_p=wanted.top_p,
+        generator=torch.Generator().manual_seed(wanted.seed),
+    )
+    print(f"\n{'-' * 80}\n".join(text_of(row, tokenizer) for row in texts))
+
+
+if __name__ == "__main__":
+    with command.mistakes_in_a_sentence():
+        main(command.parse(SampleCommand, default=SampleCommand()))

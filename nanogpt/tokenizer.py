@@ -1,0 +1,209 @@
+"""Text to token ids and back: GPT-2's byte pairs, from a file in the package, or characters."""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from nanogpt.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 2**16
+"""Token files hold uint16."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the program knows about a tokenizer: ids are below `vocab_size`, at most 65,536."""
+
+    @property
+    def name(self) -> str:
+        """ "gpt2" or "char": the value of `--tokenizer`."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that stands after every document; None where documents follow each other without a sign."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. A literal `<|endoftext|>` in it is plain text."""
+        ...
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same ids as an array of uint16, without a Python object for each of them."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; bytes that are no character, as where an id sequence is cut, become U+FFFD."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `tokenizer_from` needs to build the same tokenizer again, as JSON values."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class BytePairs:
+    """GPT-2's tokenizer, as tiktoken computes it; its tables are built when they are first needed."""
+
+    merges: tuple[str, ...]
+    """Lines of the merges file, in their order."""
+    sha256: str
+    """Of that file."""
+    name: str = "gpt2"
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=r50k_pat_str,
+            mergeable_ranks=mergeable_ranks(self.merges),
+            special_tokens={END_OF_TEXT: self.end_of_text},
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.end_of_text + 1
+
+    @property
+    def end_of_text(self) -> int:
+        return 256 + len(self.merges)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        try:
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            ids = self.encoding.encode_to_numpy(without_surrogates(text), disallowed_special=())
+        return ids.astype(np.uint16)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Characters:
+    """One id for each character of a sorted alphabet."""
+
+    alphabet: str
+    name: str = "char"
+    end_of_text: None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.alphabet)
+
+    @functools.cached_property
+    def _code_points(self) -> np.ndarray:
+        return code_points(self.alphabet)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        points = code_points(text)
+        ids = np.searchsorted(self._code_points, points).clip(max=self.vocab_size - 1)
+        unknown = self._code_points[ids] != points
+        if unknown.any():
+            raise UserError(
+                f"got the character {chr(points[unknown][0])!r}, expected one of the {self.vocab_size} of "
+                f"the alphabet {self.alphabet!r}; leave it out of the text or prepare the data with it"
+            )
+        return ids.astype(np.uint16)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.alphabet[i] for i in ids)
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.alphabet.encode()).hexdigest()
+        return {"name": self.name, "alphabet": self.alphabet, "sha256": digest}
+
+
+@functools.cache
+def gpt2() -> Tokenizer:
+    """GPT-2's tokenizer: 50,257 ids, the last of them end of text. One for the process."""
+    file = resources.files("nanogpt").joinpath("assets/vocab.bpe").read_bytes()
+    return BytePairs(tuple(file.decode().splitlines()[1:]), hashlib.sha256(file).hexdigest())
+
+
+def characters(text_or_alphabet: str) -> Tokenizer:
+    """A tokenizer of the distinct characters of `text_or_alphabet`, numbered by code point.
+
+    Raises UserError where there are none, or more than a uint16 can number.
+    """
+    alphabet = "".join(sorted(set(without_surrogates(text_or_alphabet))))
+    if not 0 < len(alphabet) <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"got a text of {len(alphabet):,} distinct characters, expected 1 to {MAX_VOCAB_SIZE:,}; "
+            "use --tokenizer gpt2 for such a text"
+        )
+    return Characters(alphabet)
+
+
+def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `describe` described. Raises UserError where this program has no such tokenizer."""
+    match description:
+        case {"name": "gpt2"}:
+            tokenizer = gpt2()
+        case {"name": "char", "alphabet": str(alphabet)}:
+            tokenizer = characters(alphabet)
+        case _:
+            raise UserError(
+                f"got the tokenizer {description!r}, expected one named gpt2 or char; prepare the data again"
+            )
+    expected = description.get("sha256", tokenizer.describe()["sha256"])
+    if expected != tokenizer.describe()["sha256"]:
+        raise UserError(
+            f"got a {tokenizer.name} tokenizer with the hash {expected}, expected "
+            f"{tokenizer.describe()['sha256']}; prepare the data again with this version"
+        )
+    return tokenizer
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of the merges file stands for, in the order of GPT-2's ids 0 to 255.
+
+    Printable bytes of Latin-1 stand for themselves; the rest, in order, for the code points from 256 on.
+    Source: Radford et al. 2019, section 2.2, and the code published with it.
+    """
+    printable = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+def mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
+    """Bytes of each token to its id: the 256 single bytes, then merge i under id 256 + i."""
+    byte_of = byte_alphabet()
+    ranks = {bytes([byte]): i for i, byte in enumerate(byte_of.values())}
+    for merge in merges:
+        ranks[bytes(byte_of[character] for character in merge if character != " ")] = len(ranks)
+    return ranks
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with surrogate pairs joined and lone ones, which JSON can smuggle in, replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def code_points(text: str) -> np.ndarray:
+    """Code point of each character, uint32."""
+    try:
+        encoded = text.encode("utf-32-le")
+    except UnicodeEncodeError:
+        encoded = without_surrogates(text).encode("utf-32-le")
+    return np.frombuffer(encoded, dtype="<u4")

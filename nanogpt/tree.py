@@ -1,0 +1,78 @@
+"""Functions over pytrees of tensors: dicts, tuples and NamedTuples, nested as one likes.
+
+This is the one place that touches torch's private pytree module.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any
+"""A tensor, or a dict, list, tuple or NamedTuple of trees."""
+
+
+def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """A tree of `function(leaf, *leaves of rest at the same place)`; all trees have one structure."""
+    return pytree.tree_map(function, tree, *rest)
+
+
+def map_many(function: Callable[..., tuple[Any, ...]], tree: Tree, *rest: Tree) -> tuple[Tree, ...]:
+    """As `map`, for a function of several values: one tree for each of them."""
+    structure = pytree.tree_structure(tree)
+    columns = [leaves(tree), *(structure.flatten_up_to(other) for other in rest)]  # dicts may differ in order
+    rows = [function(*row) for row in zip(*columns, strict=True)]
+    return tuple(unflatten(tree, list(column)) for column in zip(*rows, strict=True))
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves, in the order in which `paths` names them."""
+    return pytree.tree_leaves(tree)
+
+
+def paths(tree: Tree) -> dict[str, Any]:
+    """Each leaf under its path: keys, field names and positions joined by "/" (`params/wte.weight`)."""
+    return {
+        "/".join(_key_name(key) for key in path): leaf for path, leaf in pytree.tree_leaves_with_path(tree)
+    }
+
+
+def unflatten(like: Tree, leaves: list[Any]) -> Tree:
+    """A tree of the structure of `like` with `leaves`, in the order of `paths(like)`."""
+    return pytree.tree_unflatten(leaves, pytree.tree_structure(like))
+
+
+def global_norm(tree: Tree) -> Float[Tensor, ""]:
+    """The Euclidean norm of all leaves together, as if they were one vector; accumulated in fp32."""
+    return torch.stack([leaf.float().square().sum() for leaf in leaves(tree)]).sum().sqrt()
+
+
+def diff(got: Tree, expected: Tree) -> list[str]:
+    """One sentence for each leaf whose name, shape or dtype differs; empty where the trees agree.
+
+    Leaves are anything with `.shape` and `.dtype`: tensors, arrays or descriptions of them.
+    """
+    have, want = paths(got), paths(expected)
+    missing = [f"{name} is missing" for name in want if name not in have]
+    extra = [f"{name} is not expected" for name in have if name not in want]
+    wrong = [
+        f"{name} is {_describe(have[name])}, expected {_describe(leaf)}"
+        for name, leaf in want.items()
+        if name in have and _describe(have[name]) != _describe(leaf)
+    ]
+    return missing + extra + wrong
+
+
+def _describe(leaf: Any) -> str:
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+
+
+def _key_name(key: Any) -> str:
+    if isinstance(key, pytree.MappingKey):
+        return str(key.key)
+    if isinstance(key, pytree.GetAttrKey):
+        return key.name
+    return str(key.idx)

@@ -1,0 +1,236 @@
+"""Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import compare, data, limit, parts, peers, predict, report, throughput
+from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
+from benchmarks.measure import read_result, spread, table
+from benchmarks.plain import plain_gpt2
+from benchmarks.worker import Worker, WorkerError
+from nanogpt import perf
+from nanogpt.data import BatchSpec, MappedTokens, PreadTokens
+from nanogpt.errors import UserError
+from nanogpt.loss import next_token_loss
+from nanogpt.model import GPT2Config, apply, init
+
+TINY = GPT2Config(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32)  # no padding: 256 = 2 x 128
+WORK = Work(model=TINY, batch_size=2, accumulation=2, precision="float32", compile=False)
+
+
+def test_the_plain_module_computes_the_same_loss() -> None:
+    params = init(TINY, torch.Generator().manual_seed(0))
+    batch = batches_of(WORK)[0]
+    expected = next_token_loss(apply(params, batch.inputs[0], TINY), batch.targets[0])
+    torch.testing.assert_close(plain_gpt2(TINY, params)(batch.inputs[0], batch.targets[0]), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in installed_contenders() if name not in ("ours", "litgpt")])
+def test_a_contender_follows_ours_step_by_step(name: str) -> None:
+    ours, theirs = CONTENDERS["ours"](WORK), CONTENDERS[name](WORK)
+    for batch in batches_of(WORK):
+        # fp32 sums in another order, twice through AdamW: far below what another clip or decay would change
+        torch.testing.assert_close(theirs(batch), ours(batch), rtol=1e-5, atol=0)
+
+
+def test_other_work_is_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"plain's loss is 5\.1, ours 5\.0"):
+        peers.check_equal_work({"ours": 5.0, "plain": 5.1}, WORK)
+
+
+def test_a_worker_takes_turns_and_knows_its_memory() -> None:
+    with Worker("ours", WORK) as worker:
+        started, turn, memory = worker.start(), worker.turn(2), worker.memory()
+    assert started.first_step_s > 0
+    assert len(turn.seconds) == 2
+    assert started.idle_bytes < memory.steps <= memory.whole
+
+
+def test_a_failure_in_a_worker_reaches_us() -> None:
+    with (
+        Worker("ours", Work(model=TINY, precision="half", compile=False)) as worker,  # type: ignore[arg-type]
+        pytest.raises(WorkerError, match=r"(?s)ours failed:.*precision is 'half', expected one of"),
+    ):
+        worker.start()
+
+
+@pytest.mark.parametrize("reader", [MappedTokens, PreadTokens])
+def test_the_loader_is_timed_over_a_whole_epoch(tmp_path: Path, reader: type) -> None:
+    np.arange(2 + 8 * 64, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    spec = BatchSpec(block_size=8, batch_size=2, total_batch_size=32, seed=0)
+    done = data.read_all(reader(tmp_path / "train.bin"), spec)
+    assert (done.tokens, len(done.seconds)) == (512, 16)
+
+
+def test_a_file_of_too_few_batches_is_refused(tmp_path: Path) -> None:
+    np.arange(40, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    spec = BatchSpec(block_size=8, batch_size=2, total_batch_size=16, seed=0)
+    with pytest.raises(
+        UserError, match="the file holds 2 batches, expected at least 4; set a larger --file-bytes"
+    ):
+        data.read_all(MappedTokens(tmp_path / "train.bin"), spec)
+
+
+def test_a_written_file_has_the_size_asked_for_and_ids_of_the_vocabulary(tmp_path: Path) -> None:
+    data.write_file(tmp_path / "train.bin", 1_000_002)
+    ids = np.fromfile(tmp_path / "train.bin", dtype=np.uint16)
+    assert (len(ids), ids.max() < data.VOCAB_SIZE) == (500_001, True)
+
+
+def test_products_are_six_flops_for_each_weight_and_token() -> None:
+    config = GPT2Config.named("gpt2")
+    weights = 12 * 12 * 768**2 + config.padded_vocab_size * 768
+    assert sum(product.flops for product in limit.products_of(config, 1024)) == 6 * weights * 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("aten::mm", "matmul"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("ampere_bf16_s16816gemm_bf16_128x128", "matmul"),
+        ("aten::_log_softmax", "loss"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::copy_", "copies"),
+        ("aten::gelu", "elementwise"),
+    ],
+)
+def test_an_operator_belongs_to_a_group(name: str, group: str) -> None:
+    assert limit.group_of(name) == group
+
+
+def test_the_breakdown_adds_up_to_the_profiled_step() -> None:
+    found = limit.breakdown(WORK, "ours", steps=1)
+    assert sum(found["groups_s"].values()) >= found["profiled_step_s"] * 0.99
+    assert found["groups_s"]["matmul"] > 0
+
+
+def test_one_gpu_waits_for_no_other() -> None:
+    config = GPT2Config.named("gpt2")
+    assert predict.all_reduce_s(config, predict.Machine("H100", 1)) == 0
+    ring = predict.all_reduce_s(config, predict.Machine("H100", 8))
+    assert ring == pytest.approx(2 * 7 / 8 * 4 * perf.parameter_count(config) / (0.7 * 450e9))
+
+
+def test_what_others_said_is_never_a_measurement() -> None:
+    rows = predict.benchmark(predict.PredictConfig())["rows"]
+    assert {row["kind"] for row in rows} == {"published", "claimed", "predicted"}
+    assert {row["kind"] for row in rows if row["who"] == "claimed for this project"} == {"claimed"}
+    assert all("off by up to" in row["note"] for row in rows if row["kind"] == "predicted")
+
+
+def test_a_measured_rate_stands_beside_the_prediction_with_its_error(tmp_path: Path) -> None:
+    measured = {
+        "benchmark": "throughput",
+        "facts": {"hardware": "NVIDIA H100 80GB HBM3"},
+        "rows": [{"tokens_per_second": 5e5}, {"error": "out of memory"}],
+    }
+    path = tmp_path / "throughput.json"
+    path.write_text("a table\n" + json.dumps(measured))
+    rows = predict.benchmark(predict.PredictConfig(measured=path))["rows"]
+    (row,) = [row for row in rows if row["kind"] == "measured"]
+    assert (row["machine"], row["tokens_per_second"]) == ("1x H100", 5e5)
+    assert "the model is off by +" in row["note"]
+
+
+def test_a_change_within_the_noise_is_none() -> None:
+    before = spread([1.0, 1.1, 1.2])._asdict()
+    assert compare.verdict("step_s", before, spread([1.05, 1.15, 1.25])._asdict()) == "same"
+    assert compare.verdict("step_s", before, spread([1.5, 1.6, 1.7])._asdict()) == "worse"
+    assert compare.verdict("tokens_per_second", before, spread([1.5, 1.6, 1.7])._asdict()) == "better"
+
+
+def test_rows_are_compared_by_their_work_wherever_they_stand() -> None:
+    def result(*rows: tuple[int, float]) -> dict:
+        model = {"n_layer": 12, "n_embd": 768, "block_size": 1024}
+        work = {"model": model, "precision": "float32", "attention": "auto", "compile": True}
+        step = [spread([seconds])._asdict() for _, seconds in rows]
+        return {
+            "benchmark": "throughput",
+            "rows": [
+                {"work": work | {"batch_size": size}, "step_s": s}
+                for (size, _), s in zip(rows, step, strict=True)
+            ],
+        }
+
+    entries = compare.compare(result((1, 1.0), (2, 2.0)), result((2, 3.0)))
+    assert [(entry["number"], entry["verdict"]) for entry in entries] == [
+        ("rows/12x768 2x1024 float32 auto compiled/step_s", "worse")
+    ]
+
+
+def test_results_of_two_benchmarks_are_not_compared() -> None:
+    with pytest.raises(
+        UserError, match="a result of data and one of peers, expected two of the same benchmark"
+    ):
+        compare.compare({"benchmark": "data"}, {"benchmark": "peers"})
+
+
+def test_a_file_without_the_result_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"benchmark": "data"}')
+    with pytest.raises(
+        UserError, match=r"holds no result of benchmarks\.peers; run python -m benchmarks\.peers"
+    ):
+        read_result(path, "peers")
+    path.write_text("no json")
+    with pytest.raises(UserError, match=r"cannot be read as a result \(.*\); give a benchmark's output"):
+        read_result(path, "peers")
+
+
+def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) -> None:
+    results = {
+        "limit": limit.benchmark(limit.LimitConfig(quick=True, steps=1)),
+        "parts": parts.benchmark(parts.PartsConfig(quick=True, tokens=64, new_tokens=2, repeats=2)),
+        "predict": predict.benchmark(predict.PredictConfig()),
+        "data": {"benchmark": "data", "error": "python -m benchmarks.data ended with status 1"},
+    }
+    written = {"benchmark": "report", "facts": results["limit"]["facts"], "results": results}
+    paths = {path.suffix: path.read_text() for path in report.write(written, tmp_path, "here")}
+    assert json.loads(paths[".json"])["results"].keys() == results.keys()
+    page = paths[".html"]
+    assert page.count("<svg") == 3
+    assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
+    for text in (page, paths[".md"]):
+        assert "python -m benchmarks.data ended with status 1" in text
+        assert "PREDICTED" in text
+        assert text.count("load average") == 3
+
+
+def test_throughput_has_a_row_for_each_combination() -> None:
+    config = throughput.ThroughputConfig(
+        batch_size=(1, 2), block_size=(64, 128), compile=(True, False), device="cpu"
+    )
+    works = throughput.works_of(config)
+    assert len({(work.batch_size, work.model.block_size, work.compile) for work in works}) == len(works) == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: peers.PeersConfig(turns=1), "1 turns, expected at least 2; set --turns"),
+        (
+            lambda: peers.PeersConfig(contenders=("plain",)),
+            "contenders are plain, expected ours among them; set --contenders",
+        ),
+        (lambda: throughput.ThroughputConfig(steps=1), "1 steps, expected at least 2; set --steps"),
+        (lambda: data.DataBenchmark(rounds=0), "0 rounds, expected at least 1; set --rounds"),
+        (
+            lambda: report.ReportConfig(only=("all",)),
+            "no benchmark is called 'all', expected some of throughput",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_a_spread_and_a_table() -> None:
+    assert spread([3.0, 1.0, 2.0])._asdict() == dict(median=2.0, min=1.0, max=3.0, low=1.5, high=2.5, count=3)
+    assert table(["a", "bb"], [["x", "1"], ["yy", "22"]]) == "a   bb\n--  --\nx    1\nyy  22"

@@ -1,0 +1,113 @@
+"""The loss in chunks is the loss, and so are its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanogpt.loss import head_loss, head_loss_and_grads, next_token_loss
+
+V, PADDED, B, T, C = 65, 128, 3, 7, 16
+TOKENS = B * T  # 21, which 4 and 8 do not divide
+CHUNKS = [1, 4, 7, 8, TOKENS, 1024]
+
+
+@pytest.fixture
+def features() -> Tensor:
+    return torch.randn(B, T, C, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def head() -> Tensor:
+    """A padded head with large values in the padding, which must not count."""
+    return torch.cat(
+        [torch.randn(V, C, generator=torch.Generator().manual_seed(1)), torch.full((PADDED - V, C), 9.0)]
+    )
+
+
+@pytest.fixture
+def targets() -> Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2))
+
+
+def plain_loss(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    logits = features @ head[:V].T
+    return -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    # fp32 sums of 21 tokens in another order: a few units in the last place
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_next_token_loss_does_not_depend_on_the_chunk(
+    features: Tensor, head: Tensor, targets: Tensor, chunk_tokens
+):
+    logits = features @ head[:V].T
+    close(next_token_loss(logits, targets, chunk_tokens=chunk_tokens), plain_loss(features, head, targets))
+
+
+def test_next_token_loss_of_bf16_logits_is_computed_in_fp32(features: Tensor, head: Tensor, targets: Tensor):
+    logits = (features @ head[:V].T).bfloat16()
+    loss = next_token_loss(logits, targets)
+    assert loss.dtype == torch.float32
+    close(loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
+    loss = next_token_loss(torch.zeros(2, 3, V), torch.zeros(2, 3, dtype=torch.int64))
+    close(loss, torch.tensor(float(V)).log())
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_head_loss_is_the_sum_over_all_tokens(
+    features: Tensor, head: Tensor, targets: Tensor, chunk_tokens: int
+):
+    loss = head_loss(features, head, targets, vocab_size=V, chunk_tokens=chunk_tokens)
+    close(loss, plain_loss(features, head, targets) * TOKENS)
+
+
+def test_head_loss_leaves_out_targets_of_minus_100(features: Tensor, head: Tensor, targets: Tensor):
+    cut = targets.clone()
+    cut[1:] = -100  # with chunks of 4 tokens some chunks hold nothing else
+    loss = head_loss(features, head, cut, vocab_size=V, chunk_tokens=4)
+    close(loss, plain_loss(features[:1], head, targets[:1]) * T)
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_head_loss_and_grads_equals_autograd_of_the_plain_loss(
+    features: Tensor, head: Tensor, targets: Tensor, chunk_tokens: int
+):
+    loss, features_grad, head_grad = head_loss_and_grads(
+        features, head, targets, vocab_size=V, chunk_tokens=chunk_tokens
+    )
+    features.requires_grad_(), head.requires_grad_()
+    expected = plain_loss(features, head, targets)
+    expected_features_grad, expected_head_grad = torch.autograd.grad(expected, (features, head))
+    close(loss, expected.detach())
+    close(features_grad, expected_features_grad)
+    close(head_grad, expected_head_grad)
+
+
+def test_padded_rows_of_the_head_get_no_gradient(features: Tensor, head: Tensor, targets: Tensor):
+    _, _, head_grad = head_loss_and_grads(features, head, targets, vocab_size=V)
+    assert head_grad[V:].count_nonzero() == 0
+
+
+def test_scale_multiplies_the_gradients_and_not_the_loss(features: Tensor, head: Tensor, targets: Tensor):
+    loss, features_grad, head_grad = head_loss_and_grads(features, head, targets, vocab_size=V)
+    scaled = head_loss_and_grads(features, head, targets, vocab_size=V, scale=torch.tensor(1024.0))
+    close(scaled[0], loss)
+    close(scaled[1], features_grad * 1024)
+    close(scaled[2], head_grad * 1024)
+
+
+def test_gradients_of_a_bf16_head_add_up_in_fp32(features: Tensor, head: Tensor, targets: Tensor):
+    _, features_grad, head_grad = head_loss_and_grads(
+        features.bfloat16(), head.bfloat16(), targets, vocab_size=V, chunk_tokens=1
+    )
+    assert (features_grad.dtype, head_grad.dtype) == (torch.bfloat16, torch.float32)
+    _, _, at_once = head_loss_and_grads(features, head, targets, vocab_size=V)
+    # each of 21 chunks rounds to 8 bits; a bf16 sum of them would be off by several per cent
+    assert (head_grad - at_once).norm() < 0.01 * at_once.norm()

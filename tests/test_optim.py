@@ -1,0 +1,217 @@
+"""Our optimizer algebra equals torch.optim, and its laws hold."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanogpt import tree
+from nanogpt.errors import UserError
+from nanogpt.optim import (
+    Transform,
+    adamw,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    dynamic_loss_scale,
+    matrices,
+    scale_by_learning_rate,
+    warmup_cosine,
+)
+
+SHAPES = {
+    "wte.weight": (5, 3),
+    "h.0.attn.c_attn.bias": (4,),
+    "ln_f.weight": (3,),
+    "h.0.mlp.c_fc.weight": (3, 4),
+}
+
+
+def random_like(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * scale for name, shape in SHAPES.items()}
+
+
+def steps_of(
+    optimizer: Transform, params: dict[str, Tensor], all_grads: list[dict[str, Tensor]]
+) -> tuple[Any, Any]:
+    opt_state = optimizer.init(params)
+    for grads in all_grads:
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = apply_updates(params, updates)
+    return params, opt_state
+
+
+def torch_adamw(
+    params: dict[str, Tensor], all_grads: list[dict[str, Tensor]], **settings
+) -> dict[str, Tensor]:
+    """torch.optim.AdamW in nanoGPT's two groups: matrices decay, vectors do not."""
+    params = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    decay = settings.pop("weight_decay")
+    groups = [
+        {"params": [leaf for leaf in params.values() if leaf.ndim >= 2], "weight_decay": decay},
+        {"params": [leaf for leaf in params.values() if leaf.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **settings)
+    for grads in all_grads:
+        for name, leaf in params.items():
+            leaf.grad = grads[name].clone()
+        optimizer.step()
+    return {name: leaf.detach() for name, leaf in params.items()}
+
+
+@pytest.mark.parametrize(("b1", "b2", "eps", "decay"), [(0.9, 0.95, 1e-8, 0.1), (0.9, 0.999, 1e-6, 0.0)])
+def test_adamw_follows_torch_with_decay_on_matrices_only(b1: float, b2: float, eps: float, decay: float):
+    all_grads = [random_like(seed, scale=10.0**-seed) for seed in range(1, 6)]
+    ours, _ = steps_of(adamw(1e-2, b1=b1, b2=b2, eps=eps, weight_decay=decay), random_like(0), all_grads)
+    theirs = torch_adamw(random_like(0), all_grads, lr=1e-2, betas=(b1, b2), eps=eps, weight_decay=decay)
+    for name, leaf in theirs.items():
+        # five steps of fp32 rounding
+        torch.testing.assert_close(
+            ours[name], leaf, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_matrices_are_decayed_and_vectors_are_not():
+    assert matrices(random_like(0)) == {name: len(shape) == 2 for name, shape in SHAPES.items()}
+
+
+def test_a_decay_mask_of_ones_own_is_honoured():
+    zeros = tree.map(torch.zeros_like, random_like(0))
+    only_bias = lambda params: {name: name.endswith("bias") for name in params}  # noqa: E731
+    optimizer = adamw(0.5, weight_decay=0.1, decay_mask=only_bias)
+    updates, _ = optimizer.update(zeros, optimizer.init(zeros), random_like(0))
+    assert {name for name, leaf in updates.items() if leaf.count_nonzero()} == {"h.0.attn.c_attn.bias"}
+
+
+def test_an_update_leaves_its_arguments_as_they_were():
+    optimizer = chain(clip_by_global_norm(0.1), adamw(1e-2, weight_decay=0.1))
+    params, grads = random_like(0), random_like(1)
+    opt_state = optimizer.init(params)
+    optimizer.update(grads, opt_state, params)
+    for given, fresh in (
+        (params, random_like(0)),
+        (grads, random_like(1)),
+        (opt_state, optimizer.init(params)),
+    ):
+        assert all(
+            one.equal(other) for one, other in zip(tree.leaves(given), tree.leaves(fresh), strict=True)
+        )
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1000.0])
+def test_clip_equals_torch_above_and_below_the_norm(max_norm: float):
+    grads, clip = random_like(1), clip_by_global_norm(max_norm)
+    ours, _ = clip.update(grads, clip.init(grads), random_like(0))
+    theirs = [torch.nn.Parameter(torch.zeros_like(leaf)) for leaf in grads.values()]
+    for leaf, grad in zip(theirs, grads.values(), strict=True):
+        leaf.grad = grad.clone()
+    torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    for got, leaf in zip(ours.values(), theirs, strict=True):
+        # torch adds 1e-6 to the norm, which is about 6 here
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_clipping_zero_gradients_gives_zeros():
+    zeros, clip = tree.map(torch.zeros_like, random_like(0)), clip_by_global_norm(1.0)
+    clipped, _ = clip.update(zeros, clip.init(zeros), zeros)
+    assert all(leaf.equal(torch.zeros_like(leaf)) for leaf in clipped.values())
+
+
+def test_chain_applies_its_transforms_from_left_to_right():
+    grads, double = {"a": torch.tensor([3.0, 4.0])}, scale_by_learning_rate(-2.0)
+    for transforms, norm in (
+        ((clip_by_global_norm(1.0), double), 2.0),
+        ((double, clip_by_global_norm(1.0)), 1.0),
+    ):
+        chained = chain(*transforms)
+        updates, _ = chained.update(grads, chained.init(grads), grads)
+        # one fp32 division
+        torch.testing.assert_close(tree.global_norm(updates), torch.tensor(norm), rtol=1e-6, atol=0)
+
+
+def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
+    schedule = warmup_cosine(6e-4, final=6e-5, warmup_steps=10, total_steps=110)
+    expected = {0: 6e-5, 4: 3e-4, 9: 6e-4, 10: 6e-4, 60: 3.3e-4, 110: 6e-5, 10_000: 6e-5}
+    expected[35] = 6e-5 + 5.4e-4 * 0.5 * (1 + math.cos(math.pi / 4))
+    got = {step: float(schedule(torch.tensor(step))) for step in expected}
+    assert got == pytest.approx(expected, rel=1e-6)  # fp32 has 24 bits
+
+
+def test_the_schedule_counts_updates_from_zero():
+    rates = torch.tensor([1.0, 10.0, 100.0])
+    optimizer = scale_by_learning_rate(lambda count: rates[count])
+    params, opt_state = steps_of(optimizer, {"a": torch.zeros(())}, [{"a": torch.ones(())}] * 3)
+    assert (float(params["a"]), int(opt_state.count)) == (-111.0, 3)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 100, 101])
+def test_a_warmup_that_does_not_fit_is_refused(warmup_steps: int):
+    with pytest.raises(
+        UserError, match=f"^warmup takes {warmup_steps} of 100 steps, expected .* --optim.warmup-steps"
+    ):
+        warmup_cosine(1e-3, final=0.0, warmup_steps=warmup_steps, total_steps=100)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_a_clip_norm_that_is_not_positive_is_refused(max_norm: float):
+    with pytest.raises(
+        UserError, match=f"^the clip norm is {max_norm}, expected above 0; set --optim.gradient-clip"
+    ):
+        clip_by_global_norm(max_norm)
+
+
+@pytest.mark.parametrize(("name", "beta"), [("b1", 1.0), ("b2", -0.1)])
+def test_a_beta_out_of_range_is_refused(name: str, beta: float):
+    with pytest.raises(
+        UserError, match=f"^{name} is {beta}, expected at least 0 and below 1; set --optim.betas$"
+    ):
+        adamw(1e-3, **{name: beta})
+
+
+def scaled(grads: dict[str, Tensor], opt_state: Any) -> dict[str, Tensor]:
+    return tree.map(lambda g: g * opt_state.scale, grads)
+
+
+def test_loss_scaling_does_not_change_what_the_optimizer_does():
+    plain, scaling = adamw(1e-2), dynamic_loss_scale(adamw(1e-2), initial=2.0**10)
+    params, opt_state = random_like(0), scaling.init(random_like(0))
+    for seed in (1, 2, 3):
+        updates, opt_state = scaling.update(scaled(random_like(seed), opt_state), opt_state, params)
+        params = apply_updates(params, updates)
+    expected, _ = steps_of(plain, random_like(0), [random_like(seed) for seed in (1, 2, 3)])
+    assert all(params[name].equal(leaf) for name, leaf in expected.items())  # a power of two costs no bit
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_an_overflow_halves_the_scale_and_changes_nothing_else(bad: float):
+    scaling = dynamic_loss_scale(adamw(1e-2), initial=8.0)
+    params, before = random_like(0), scaling.init(random_like(0))
+    _, before = scaling.update(scaled(random_like(1), before), before, params)
+    grads = random_like(2)
+    grads["ln_f.weight"][1] = bad
+    updates, after = scaling.update(grads, before, params)
+    assert all(leaf.count_nonzero() == 0 for leaf in updates.values())
+    assert (float(after.scale), int(after.finite_steps)) == (4.0, 0)
+    assert all(a.equal(b) for a, b in zip(tree.leaves(after.inner), tree.leaves(before.inner), strict=True))
+
+
+def test_the_scale_doubles_after_an_interval_of_finite_steps_and_not_beyond_its_limit():
+    scaling = dynamic_loss_scale(adamw(1e-2), initial=2.0, growth_interval=3, largest=8.0)
+    params, opt_state, scales = random_like(0), scaling.init(random_like(0)), []
+    for seed in range(12):
+        _, opt_state = scaling.update(random_like(seed), opt_state, params)
+        scales.append(float(opt_state.scale))
+    assert scales == [2, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8]
+
+
+def test_an_overflow_starts_the_interval_again():
+    scaling = dynamic_loss_scale(adamw(1e-2), initial=2.0, growth_interval=2)
+    params, opt_state, scales = random_like(0), scaling.init(random_like(0)), []
+    for finite in (True, False, True, True):
+        grads = tree.map(lambda g, finite=finite: g if finite else g * math.inf, random_like(1))
+        _, opt_state = scaling.update(grads, opt_state, params)
+        scales.append(float(opt_state.scale))
+    assert scales == [2, 1, 1, 2]

@@ -1,0 +1,569 @@
+"""Prepare: equal to a plain loop for any source, workers and kills; a sentence for each mistake."""
+
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiktoken
+
+from nanogpt.errors import UserError
+from nanogpt.prepare import check, ensure_bundled, sources
+from nanogpt.prepare.__main__ import main
+from nanogpt.prepare.build import validation_mask
+from nanogpt.prepare.bundled import bundled_text
+from nanogpt.prepare.engines import EnginesDifferError, checked, encode_each, fastokens_encoder
+from nanogpt.prepare.journal import open_journal
+from nanogpt.prepare.manifest import read_manifest
+from nanogpt.tokenizer import characters, gpt2
+
+FRACTION, SEED = 0.01, 7
+SMALL_PARTS = 20_000
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    """Speeches out of the bundled plays, some with what a tokenizer may stumble over."""
+    speeches = bundled_text()[:150_000].split("\n\n")
+    odd = ["<|endoftext|> as text", "café 😀 \u2028 \x00 naïve", " " * 300, "\n\n\n", '\\ud800 "quoted"']
+    return [*speeches, *odd]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small a text is cut into several parts."""
+    monkeypatch.setattr(sources, "PART_BYTES", SMALL_PARTS)
+
+
+def write_json_lines(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
+    return path
+
+
+def plain_loop(documents: list[str]) -> dict[str, bytes]:
+    """The files as a few lines of tiktoken and `datasets` make them."""
+    encoding: tiktoken.Encoding = gpt2().encoding
+    rows = datasets.Dataset.from_dict({"i": range(len(documents))})
+    val = set(rows.train_test_split(test_size=FRACTION, seed=SEED, shuffle=True)["test"]["i"])
+    ids: dict[str, list[int]] = {"train.bin": [], "val.bin": []}
+    for i, text in enumerate(documents):
+        ids["val.bin" if i in val else "train.bin"] += [*encoding.encode_ordinary(text), 50256]
+    return {name: np.array(values, "<u2").tobytes() for name, values in ids.items()}
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def prepared(source: object, out: Path, *flags: object) -> dict[str, bytes]:
+    split = ("--val-fraction", FRACTION, "--split-seed", SEED)
+    assert run(source, "--out", out, *split, "--workers", 2, "--engine", "tiktoken", *flags) == 0
+    assert not (out / ".prepare").exists()
+    return files_of(out)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in ("train.bin", "val.bin")}
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command prints about a mistake, which is one line and no traceback."""
+    assert run(arguments[0], "--engine", "tiktoken", *arguments[1:]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_files_equal_a_plain_tiktoken_loop_for_any_number_of_workers(workers, documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    assert prepared(source, tmp_path / "out", "--workers", workers) == plain_loop(documents)
+
+
+def test_the_fastest_tokenizer_that_is_installed_gives_the_same_files(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    assert prepared(source, tmp_path / "out", "--engine", "auto") == plain_loop(documents)
+
+
+@pytest.mark.parametrize("count", [2, 3, 100, 1999, 2000, 2001])
+def test_validation_documents_are_those_that_datasets_draws(count: int):
+    rows = datasets.Dataset.from_dict({"i": range(count)})
+    expected = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["i"]
+    mask = validation_mask(count, fraction=0.0005, seed=2357)
+    assert np.flatnonzero(mask).tolist() == sorted(expected)
+
+
+def test_openwebtext_would_have_the_4007_validation_documents_that_the_field_knows():
+    mask = validation_mask(8_013_769, fraction=sources.SPLIT_FRACTION, seed=sources.SPLIT_SEED)
+    assert mask.sum() == 4_007
+
+
+def compressed(path: Path, suffix: str) -> Path:
+    """`path` with the same bytes, compressed as `suffix` says."""
+    target = path.with_name(path.name + suffix)
+    data = path.read_bytes()
+    if suffix == ".zst":
+        with pyarrow.CompressedOutputStream(str(target), "zstd") as file:
+            file.write(data)
+    else:
+        target.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}[suffix](data))
+    return target
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_compressed_json_lines_give_the_same_files(suffix, documents, tmp_path):
+    plain = write_json_lines(tmp_path / "a.jsonl", documents)
+    assert prepared(compressed(plain, suffix), tmp_path / "out") == plain_loop(documents)
+
+
+def test_parquet_gives_the_same_files(documents, tmp_path):
+    table = pyarrow.table({"body": documents, "id": list(range(len(documents)))})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=50)
+    assert prepared(tmp_path / "a.parquet", tmp_path / "out", "--text-column", "body") == plain_loop(
+        documents
+    )
+
+
+def test_a_folder_of_files_gives_the_files_of_their_documents_in_the_order_of_their_names(
+    documents, tmp_path
+):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    write_json_lines(tmp_path / "in" / "b.jsonl", documents[:300])
+    compressed(write_json_lines(tmp_path / "in" / "deep" / "a.jsonl", documents[300:]), ".gz")
+    (tmp_path / "in" / "deep" / "a.jsonl").unlink()
+    (tmp_path / "in" / "README.md").write_text("not data")
+    assert prepared(tmp_path / "in", tmp_path / "out") == plain_loop(documents)
+
+
+def test_a_folder_of_texts_gives_a_document_a_file(documents, tmp_path):
+    (tmp_path / "in").mkdir()
+    texts = documents[:60]
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i:03}.txt").write_bytes(text.encode())
+    assert prepared(tmp_path / "in", tmp_path / "out") == plain_loop(texts)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n%%\n"])
+def test_texts_between_separators_are_documents(end, documents, tmp_path):
+    (tmp_path / "a.txt").write_bytes(("\n%%\n".join(documents) + end).encode())
+    assert prepared(tmp_path / "a.txt", tmp_path / "out", "--separator", "%%") == plain_loop(documents)
+
+
+def test_standard_input_gives_the_same_files(documents, tmp_path, monkeypatch):
+    data = write_json_lines(tmp_path / "a.jsonl", documents).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+    assert prepared("-", tmp_path / "out") == plain_loop(documents)
+
+
+def test_a_single_text_validates_on_its_end(tmp_path):
+    text = bundled_text()[:10_000]
+    (tmp_path / "a.txt").write_text(text)
+    assert run(tmp_path / "a.txt", "--out", tmp_path / "out") == 0
+    halves = [np.array([*gpt2().encode(part), 50256], "<u2").tobytes() for part in (text[:9000], text[9000:])]
+    assert list(files_of(tmp_path / "out").values()) == halves
+
+
+def test_the_first_documents_are_enough_where_there_is_a_limit(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    with source.open("a") as file:
+        file.write("broken\n")
+    assert prepared(source, tmp_path / "out", "--limit", 333) == plain_loop(documents[:333])
+
+
+def test_characters_follow_each_other_without_an_end_of_text(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    files = prepared(source, tmp_path / "out", "--tokenizer", "char", "--val-fraction", 0)
+    ids = characters("".join(documents)).encode("".join(documents))
+    assert files == {"train.bin": np.array(ids, "<u2").tobytes(), "val.bin": b""}
+    assert run("verify", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "char"])
+def test_the_bundled_text_is_prepared_once_and_as_the_command_prepares_it(name: str, tmp_path):
+    folder = ensure_bundled(name)
+    before = (folder / "train.bin").stat().st_mtime_ns
+    assert ensure_bundled(name) == folder
+    assert (folder / "train.bin").stat().st_mtime_ns == before
+    assert run("shakespeare", "--out", tmp_path / "out", "--tokenizer", name) == 0
+    assert files_of(tmp_path / "out") == files_of(folder)
+    assert check.verify(folder).tokens == read_manifest(tmp_path / "out").tokens
+
+
+def test_a_truncated_cache_of_the_bundled_text_is_made_again():
+    folder = ensure_bundled("char")
+    whole = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(whole[:100])
+    assert (ensure_bundled("char") / "val.bin").read_bytes() == whole
+
+
+COMMAND = """
+import sys
+from nanogpt.prepare import sources
+from nanogpt.prepare.__main__ import main
+sources.PART_BYTES = int(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def started(*arguments: object, **settings) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", COMMAND, str(SMALL_PARTS), *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **settings)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_files(documents, tmp_path):
+    documents = documents * 3
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    arguments = (source, "--out", tmp_path / "out", "--val-fraction", FRACTION, "--split-seed", SEED)
+    journal = tmp_path / "out" / ".prepare" / "records.jsonl"
+    draw = random.Random(0)
+    finished: list[int] = []
+    for _ in range(2):
+        process = started(*arguments, "--workers", 2)
+        deadline = time.monotonic() + 60
+        enough = draw.randint(1, 4) + (finished[-1] if finished else 0)
+        while process.poll() is None and time.monotonic() < deadline and lines_in(journal) < enough:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        finished.append(lines_in(journal))
+    assert 0 < finished[0] < finished[-1]
+    assert prepared(source, tmp_path / "out") == plain_loop(documents)
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_finished_folder_is_left_as_it_is(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    before = prepared(source, tmp_path / "out")
+    times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").iterdir())]
+    assert prepared(source, tmp_path / "out", "--workers", 1) == before
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").iterdir())] == times
+
+
+@pytest.fixture
+def broken_at_the_end(documents, tmp_path) -> Path:
+    """JSON lines of which the last is broken, so that a run stops after its first shards are finished."""
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    source.write_text(source.read_text() + "{broken\n")
+    assert run(source, "--out", tmp_path / "out", "--workers", 1) == 2
+    return source
+
+
+def test_a_restart_makes_what_is_missing_or_damaged_and_nothing_else(broken_at_the_end, tmp_path):
+    folder = tmp_path / "out" / ".prepare"
+    first, second, third = sorted(folder.glob("*.shard"))[:3]
+    first.write_bytes(b"other bytes")
+    second.unlink()
+    with (folder / "records.jsonl").open("a") as file:
+        file.write('{"index": 9')
+    kept = third.stat().st_mtime_ns
+    assert run(broken_at_the_end, "--out", tmp_path / "out", "--workers", 1) == 2
+    assert first.stat().st_size > 100
+    assert second.exists()
+    assert third.stat().st_mtime_ns == kept
+
+
+def test_an_unfinished_run_is_not_continued_with_other_settings(broken_at_the_end, tmp_path, capsys):
+    message = error_of(capsys, broken_at_the_end, "--out", tmp_path / "out", "--text-column", "body")
+    assert "holds an unfinished run with other settings (text_column 'text', now 'body')" in message
+
+
+def test_data_that_lies_there_is_never_overwritten(documents, tmp_path, capsys):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    files = prepared(source, tmp_path / "out")
+    message = error_of(capsys, source, "--out", tmp_path / "out", "--limit", 5)
+    assert "already holds manifest.json, train.bin, val.bin of other data or settings" in message
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert "already holds train.bin, val.bin of" in error_of(capsys, source, "--out", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files
+
+
+def test_two_processes_do_not_prepare_one_folder(documents, tmp_path, capsys):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    with open_journal(
+        tmp_path / "out", {"source": "another", "revision": None}, engine="tiktoken", restartable=True
+    ):
+        message = error_of(capsys, source, "--out", tmp_path / "out")
+    assert "is being prepared by another process, expected one at a time" in message
+
+
+BAD_LINES = {
+    b'{"text": "cut': "line 3 is not JSON (Unterminated string",
+    b'"a text"': "line 3 holds a str, expected one JSON object a line",
+    b'{"body": "a", "id": 1}': "line 3 has body, id, expected 'text' (set --text-column)",
+    b'{"text": 7}': "line 3 holds a int, expected a text",
+    b'{"text": null}': "line 3 holds a NoneType, expected a text",
+    b'{"text": ""}': "line 3 is an empty document, expected at least one character",
+    b'{"text": "caf\xe9"}': "line 3 has 0xe9 at byte 13, expected UTF-8",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.items())
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_bad_line_is_named_with_what_is_wrong(line, message, suffix, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
+    source = compressed(tmp_path / "a.jsonl", suffix) if suffix else tmp_path / "a.jsonl"
+    assert f"{source} {message}" in error_of(capsys, source, "--out", tmp_path / "out")
+
+
+def test_a_bad_line_far_into_a_plain_file_has_its_own_number(broken_at_the_end, documents, tmp_path, capsys):
+    message = error_of(capsys, broken_at_the_end, "--out", tmp_path / "out")
+    assert f"a.jsonl line {len(documents) + 1:,} is not JSON" in message
+
+
+def test_bad_documents_are_counted_and_left_out_on_request(tmp_path, capsys):
+    lines = [b'{"text": "one"}', *BAD_LINES, b'{"text": "two"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    assert prepared(tmp_path / "a.jsonl", tmp_path / "out", "--skip-bad") == plain_loop(["one", "two"])
+    said = "left out: 2 broken JSON, 1 empty, 1 missing column, 2 not a text, 1 undecodable bytes"
+    assert said in capsys.readouterr().out
+    assert sum(read_manifest(tmp_path / "out").skipped.values()) == len(BAD_LINES)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_a_truncated_file_is_named(suffix, documents, tmp_path, capsys):
+    source = compressed(write_json_lines(tmp_path / "a.jsonl", documents), suffix)
+    source.write_bytes(source.read_bytes()[:-300])
+    assert f"{source} is cut short or damaged" in error_of(capsys, source, "--out", tmp_path / "out")
+
+
+def test_bad_rows_and_truncated_files_of_parquet_are_named(tmp_path, capsys):
+    path, out = tmp_path / "a.parquet", tmp_path / "out"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 400 + [None]}), path, row_group_size=300)
+    assert f"{path} row 400 holds a NoneType, expected a text" in error_of(capsys, path, "--out", out)
+    shutil.rmtree(out)
+    message = error_of(capsys, path, "--out", out, "--text-column", "body")
+    assert f"{path} has text, expected 'body' (set --text-column)" in message
+    shutil.rmtree(out)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert f"{path} is cut short or damaged" in error_of(capsys, path, "--out", out)
+
+
+# jax, loaded by other tests, warns of any fork; this one sets a limit and starts another program.
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+def test_a_disk_that_fills_ends_the_run_with_what_was_finished_kept(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", [*documents, "long " * 100_000])
+    process = started(
+        source,
+        "--out",
+        tmp_path / "out",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,) * 2),
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert re.search(
+        r"^error: cannot write .*\.shard \(File too large\), expected room", errors, re.MULTILINE
+    )
+    assert "Traceback" not in errors
+    assert len(list((tmp_path / "out" / ".prepare").glob("*.shard"))) > 3
+
+
+def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, capsys, monkeypatch):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    assert "has 0.0 GB free, expected about" in error_of(capsys, source, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere.jsonl"], "there is no file, folder or data set 'nowhere.jsonl', expected a path"),
+        (["--val-fraction", 1.0], "got --val-fraction 1.0, expected at least 0 and below 1"),
+        (["--workers", 0], "got --workers 0, expected 1 or more"),
+        (["--limit", 0], "got --limit 0, expected 1 or more documents"),
+        (["--limit", 1, "--val-fraction", 0.5], "got 1 documents of which 1 would validate"),
+        (["--split-seed", -1], "got --split-seed -1, expected 0 or more"),
+        (["--tokenizer", "char", "--engine", "fastokens"], "expected it installed and --tokenizer gpt2"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path, capsys):
+    source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
+    arguments = flags if flags[0] == "nowhere.jsonl" else [source, *flags]
+    assert message in error_of(capsys, *arguments, "--out", tmp_path / "out")
+
+
+def test_a_source_that_goes_away_is_one_sentence(documents, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_json_lines(tmp_path / "in" / "a.jsonl", documents)
+    source = sources.find_source(str(tmp_path / "in"), sources.Options())
+    (tmp_path / "in" / "a.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"cannot read the source \(.*No such file .*: it continues where it was"
+    ):
+        list(source.shards())
+
+
+def test_a_folder_of_several_kinds_is_refused(documents, tmp_path, capsys):
+    write_json_lines(tmp_path / "a.jsonl", documents)
+    (tmp_path / "b.txt").write_text("text")
+    message = error_of(capsys, tmp_path, "--out", tmp_path / "out")
+    assert "holds JSON lines and text, expected files of one kind" in message
+
+
+def test_no_permission_to_write_is_one_sentence(tmp_path, capsys):
+    source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (tmp_path / "file").write_text("not a folder")
+    message = error_of(capsys, source, "--out", tmp_path / "file" / "out")
+    assert "cannot write to" in message
+
+
+def test_a_fast_tokenizer_that_differs_anywhere_in_a_first_batch_is_found():
+    def wrong_at_the_end(texts):
+        ids, lengths = encode_each(gpt2(), texts)
+        ids[-1] ^= 1
+        return ids, lengths
+
+    with pytest.raises(EnginesDifferError):
+        checked(wrong_at_the_end, gpt2())(["a text", "another text"])
+
+
+def test_a_fast_tokenizer_that_turns_wrong_is_found_in_the_samples_of_later_batches():
+    calls = 0
+
+    def wrong_later(texts):
+        nonlocal calls
+        calls += 1
+        return encode_each(gpt2(), texts if calls < 4 else [text.upper() for text in texts])
+
+    encode = checked(wrong_later, gpt2())
+    encode(["some text " * 100])
+    encode(["some text " * 100])
+    with pytest.raises(EnginesDifferError):
+        encode(["some text " * 100])
+
+
+FAKE_FASTOKENS = """
+import numpy
+class Tokenizer:
+    @staticmethod
+    def from_json_str(text):
+        return Tokenizer()
+    def encode_batch_flat(self, texts):
+        lengths = [0] + [len(text) for text in texts]
+        return numpy.zeros(sum(lengths), numpy.uint32).tobytes(), numpy.cumsum(lengths).astype("u8").tobytes()
+"""
+
+
+def test_a_fast_tokenizer_that_differs_is_given_up_loudly(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "fastokens.py").write_text(FAKE_FASTOKENS)
+    path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", ""), os.getcwd()])
+    flags = ("--val-fraction", FRACTION, "--split-seed", SEED)
+    process = started(source, "--out", tmp_path / "out", *flags, env=os.environ | {"PYTHONPATH": path})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "warning: fastokens disagrees with tiktoken on this input" in errors
+    assert files_of(tmp_path / "out") == plain_loop(documents)
+
+
+def test_fastokens_gives_the_ids_of_tiktoken(documents):
+    pytest.importorskip("fastokens")
+    draw = random.Random(0)
+    odd = [
+        "".join(
+            chr(draw.choice([32, 10, 39, 0xE9, 0x4E2D, 0x1F600, draw.randrange(0xD800)])) for _ in range(30)
+        )
+        for _ in range(2000)
+    ]
+    for got, expected in zip(
+        fastokens_encoder()([*documents, *odd]), encode_each(gpt2(), [*documents, *odd]), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+def change_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
+def edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    edit(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (
+            lambda folder: (folder / "train.bin").write_bytes(b"12"),
+            r"train\.bin has bytes 2, expected \d+ as",
+        ),
+        (lambda folder: (folder / "val.bin").unlink(), r"val\.bin has bytes None, expected"),
+        (lambda folder: change_byte(folder / "train.bin"), r"train\.bin has the sha256 \w+, expected"),
+        (
+            lambda folder: edit_manifest(folder, lambda m: m["documents"].update(val=9)),
+            "ends of text 1, expected 9",
+        ),
+        (
+            lambda folder: edit_manifest(folder, lambda m: m.update(max_token_id=9)),
+            "the largest id 50256, expected 9",
+        ),
+        (
+            lambda folder: edit_manifest(folder, lambda m: m.update(vocab_size=9)),
+            "vocabulary 50257, expected 9",
+        ),
+        (
+            lambda folder: edit_manifest(folder, lambda m: m["tokenizer"].update(sha256="1")),
+            "with the hash 1, expected",
+        ),
+        (lambda folder: edit_manifest(folder, lambda m: m.pop("tokens")), "is not a manifest of version 1"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, expected a folder that"),
+    ],
+)
+def test_verify_finds_what_is_not_as_the_manifest_says(harm, message, tmp_path):
+    shutil.copytree(ensure_bundled(), tmp_path / "data")
+    check.verify(tmp_path / "data")
+    harm(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        check.verify(tmp_path / "data")
+
+
+def test_inspect_shows_counts_lengths_and_documents(documents, tmp_path, capsys):
+    prepared(write_json_lines(tmp_path / "a.jsonl", documents), tmp_path / "out")
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    lengths = sorted(len(gpt2().encode(text)) + 1 for text in documents)
+    assert f"{tmp_path / 'out'}: {tmp_path / 'a.jsonl'}, gpt2, 50,257 ids" in shown
+    assert f"100 %: {lengths[-1]:,}" in shown
+    assert "First Citizen:\\nBefore we proceed" in shown
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(documents, tmp_path, capsys):
+    prepared(write_json_lines(tmp_path / "a.jsonl", documents), tmp_path / "out")
+    errors = capsys.readouterr().err
+    assert "\r" not in errors
+    assert re.search(
+        rf"^{len(documents):,} documents, 0\.\d M tokens, \w+ [\d.]+ M tokens/s, \d+ MB/s$",
+        errors,
+        re.MULTILINE,
+    )
+
+
+def test_a_data_set_of_the_hub_without_a_network_is_one_sentence(tmp_path, capsys):
+    message = error_of(capsys, "some/where", "--out", tmp_path / "out")
+    assert message.startswith("error: cannot read some/where (")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,121 @@
+"""Every command of the README runs, or says that it needs a GPU or a network."""
+
+import dataclasses
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from nanogpt.config import (
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    TrackConfig,
+    TrainConfig,
+)
+from nanogpt.model import GPT2Config
+from nanogpt.run import run
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+NEEDS = ("# needs a GPU", "# needs a network")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [
+    line for block in blocks("bash") for line in block.splitlines() if not any(need in line for need in NEEDS)
+]
+MAKE = [line for line in COMMANDS if line.startswith("make ")]
+PYTHON = [line for line in COMMANDS if line.startswith(".venv/bin/python -m ")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with this README and a run whose checkpoint `nanogpt.sample` can read."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(ROOT / "README.md", home)
+    config = RunConfig(
+        model=GPT2Config(block_size=16, n_layer=1, n_head=1, n_embd=8),
+        optim=OptimConfig(warmup_steps=1),
+        data=DataConfig(path="shakespeare", batch_size=1, total_batch_size=16),
+        train=TrainConfig(max_steps=2, device="cpu", compile=False),
+        eval=EvalConfig(tokens=16),
+        sample=SampleConfig(tokens=1),
+        track=TrackConfig(wandb="disabled"),
+        run_dir=home / "runs/gpt2_124m",
+    )
+    run(config)
+    return home
+
+
+def test_every_command_is_of_a_kind_that_is_tried():
+    assert sorted(MAKE + PYTHON) == sorted(COMMANDS)
+    assert len(MAKE) >= 3
+    assert len(PYTHON) >= 5
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_a_make_command_names_a_target(command):
+    words = shlex.split(command, comments=True)
+    finished = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+# runpy's word on a module that another test imported: it runs anew, which is what is wanted here.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_python_commands_run_in_their_order(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    for command in PYTHON:
+        module, *flags = shlex.split(command, comments=True)[2:]
+        monkeypatch.setattr(sys, "argv", [module, *flags])
+        status = 0
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            status = stop.code
+        assert not status, f"{command}: {capsys.readouterr().err}"
+    out = capsys.readouterr().out
+    assert "KING:" in out
+    assert "124,439,808 parameters" in out
+
+
+@pytest.mark.parametrize("program", blocks("python"))
+def test_a_program_runs(program, capsys):
+    exec(compile(program, "README.md", "exec"), {})
+    ln_64 = 4.16  # the loss of chance among 64 tokens
+    assert float(capsys.readouterr().out) == pytest.approx(ln_64, abs=0.2)
+
+
+def test_every_flag_is_one_of_the_experiments(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(RunConfig, default=RunConfig(), args=["--help"])
+    known = set(re.findall(r"--[a-z-]+(?:\.[a-z-]+)?", capsys.readouterr().out))
+    named = set(re.findall(r"`(--[a-z-]+\.[a-z-]+|--resume|--run-dir|--plan)", README))
+    assert named - known == set()
+    assert len(named) > 15
+
+
+def test_the_table_of_defaults_holds():
+    rows = dict(re.findall(r"^\| (`--[^|]+) \| ([^|]+) \|", README, re.MULTILINE))
+    defaults = dataclasses.asdict(RunConfig())
+    for cell, values in rows.items():
+        flags = re.findall(r"--(\w+)\.([\w-]+)", cell)
+        texts = [text.strip(" `") for text in values.split(",")]
+        numbers = [text for text in texts if re.fullmatch(r"[\d.e-]+( [\d.]+)?", text)]
+        if len(numbers) != len(flags):
+            continue
+        for (group, name), text in zip(flags, numbers, strict=True):
+            value = defaults[group][name.replace("-", "_")]
+            expected = tuple(map(float, text.split())) if isinstance(value, tuple) else float(text)
+            assert value == expected, f"--{group}.{name}"

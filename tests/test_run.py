@@ -1,0 +1,543 @@
+"""A run as its user meets it: flags in, files and lines out, and a sentence for each mistake."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import ALPHABET, EAGER, arguments, contents, write_tokens
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from experiments.gpt2_124m import config as gpt2_124m
+from nanogpt import perf, tree
+from nanogpt.checkpoint import Checkpointer
+from nanogpt.config import DataConfig, RunConfig
+from nanogpt.data import BatchSpec
+from nanogpt.errors import UserError
+from nanogpt.model import GPT2Config
+from nanogpt.run import RunResult, check_finite, fit, main, make_optimizer, smaller_microsteps
+from nanogpt.tracker import Console, read_metrics
+from nanogpt.train import init_state
+
+ROOT = Path(__file__).parent.parent
+Go = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files of 32 characters with a pattern that a model can learn."""
+    path = tmp_path_factory.mktemp("tokens")
+    write_tokens(path, np.cumsum(np.random.default_rng(0).integers(1, 3, 4000)) % 32)
+    return path
+
+
+@pytest.fixture
+def go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Go:
+    """Runs the experiment's command line in this process and returns what the run returns."""
+
+    def start(run_dir: Path, *switches: str, **changes: Any) -> RunResult:
+        line = arguments(*switches, **{"data__path": folder, "run_dir": run_dir} | changes)
+        monkeypatch.setattr(sys, "argv", ["experiment", *line])
+        return main(gpt2_124m)
+
+    return start
+
+
+@pytest.fixture
+def refused(go: Go, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """The one sentence that a command line ends in, with status 2 and nothing compiled or written."""
+
+    def start(*switches: str, run_dir: Path = tmp_path / "run", **changes: Any) -> str:
+        before, graphs = contents(tmp_path), counters["stats"]["unique_graphs"]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            go(run_dir, *switches, **changes)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert contents(tmp_path) == before
+        assert counters["stats"]["unique_graphs"] == graphs
+        return said
+
+    return start
+
+
+def differing_leaves(a: RunResult, b: RunResult) -> list[str]:
+    """Names of the leaves of the states that are not equal bit for bit."""
+    right = tree.paths(b.state)
+    return [name for name, leaf in tree.paths(a.state).items() if not torch.equal(leaf, right[name])]
+
+
+def steps_logged(run_dir: Path, name: str = "loss") -> list[int]:
+    return [record["step"] for record in read_metrics(run_dir / "metrics.jsonl") if name in record]
+
+
+# Must-hold 4 and 6 of the project's first issue.
+
+
+def test_twenty_steps_equal_ten_a_stop_and_ten_more(go: Go, tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole", *EAGER)
+    first = go(tmp_path / "halves", *EAGER, train__stop_after=10)
+    second = go(tmp_path / "halves", *EAGER)
+    assert (first.step, second.step) == (10, 20)
+    assert differing_leaves(whole, second) == []
+    assert second.val_loss == whole.val_loss
+    assert steps_logged(tmp_path / "halves") == list(range(1, 21))
+    assert read_losses(tmp_path / "halves") == read_losses(tmp_path / "whole")
+
+
+def read_losses(run_dir: Path) -> list[tuple[int, float]]:
+    records = read_metrics(run_dir / "metrics.jsonl")
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+# Known defect: compiled, a resumed run differs in its last bits; eagerly it does not.
+@pytest.mark.xfail(strict=False, reason="a compiled run that resumes is not bit for bit yet")
+def test_compiled_once_and_resumed_bit_for_bit(go: Go, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    before, one_microstep = (
+        counters["stats"]["unique_graphs"],
+        {"data__total_batch_size": 64, "model__dropout": 0},  # masks make the compilation take minutes
+    )
+    whole = go(tmp_path / "whole", **one_microstep)
+    assert steps_logged(tmp_path / "whole", "val_loss") == steps_logged(tmp_path / "whole", "sample")
+    graphs = counters["stats"]["unique_graphs"] - before
+    assert graphs == 2, f"{graphs} graphs were compiled in a run, expected a training and an evaluation step"
+    go(tmp_path / "halves", train__stop_after=10, **one_microstep)
+    torch.compiler.reset()  # as in a new process
+    second = go(tmp_path / "halves", **one_microstep)
+    assert differing_leaves(whole, second) == []
+
+
+def test_same_seed_same_bits_and_another_seed_others(go: Go, tmp_path: Path) -> None:
+    short = {"train__max_steps": 3, "eval__interval": None, "sample__interval": None}
+    first, again = go(tmp_path / "a", *EAGER, **short), go(tmp_path / "b", *EAGER, **short)
+    other = go(tmp_path / "c", *EAGER, **short, train__seed=1)
+    assert differing_leaves(first, again) == []
+    assert differing_leaves(first, other) != []
+
+
+# What a run writes and says.
+
+
+def test_a_run_leaves_config_metrics_picture_checkpoints_and_samples(go: Go, tmp_path: Path) -> None:
+    result = go(tmp_path, *EAGER)
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["config"]["model"]["n_embd"] == 16
+    assert about["versions"]["torch"] == torch.__version__
+    record = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert list(record) == [
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "mfu",
+        "seconds",
+    ]
+    assert steps_logged(tmp_path, "val_loss") == steps_logged(tmp_path, "sample") == [5, 10, 15, 20]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    assert checkpointer.latest() == 20
+    assert checkpointer.metadata(20)["tokenizer"]["name"] == "char"
+    assert result.loss < math.log(32)
+
+
+def test_the_plan_comes_first_and_alone_writes_nothing(go: Go, tmp_path: Path, capsys: Any) -> None:
+    assert go(tmp_path / "run", "--plan", train__precision="bfloat16") is None
+    assert list(tmp_path.iterdir()) == []
+    go(tmp_path / "run", *EAGER, train__stop_after=1)
+    said = capsys.readouterr().out
+    assert said.lstrip().startswith("model")
+    assert said.index("compute") < said.index("step 1/1")
+
+
+def test_a_finished_run_says_so_and_computes_nothing(go: Go, tmp_path: Path, capsys: Any) -> None:
+    go(tmp_path / "run", *EAGER, train__max_steps=3)
+    before = contents(tmp_path)
+    again = go(tmp_path / "run", *EAGER, train__max_steps=3)
+    assert again.state is None
+    assert contents(tmp_path) == before
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_what_decides_no_number_may_change_between_starts(go: Go, tmp_path: Path) -> None:
+    go(tmp_path, *EAGER, train__stop_after=2)
+    result = go(tmp_path, *EAGER, train__stop_after=3, data__batch_size=2, sample__tokens=1, eval__tokens=16)
+    assert result.step == 3
+
+
+def test_a_resumed_run_can_be_demanded(go: Go, tmp_path: Path) -> None:
+    go(tmp_path, *EAGER, train__stop_after=2, resume="never")
+    assert go(tmp_path, *EAGER, train__stop_after=3, resume="must").step == 3
+
+
+def test_a_sample_leaves_out_ids_that_the_tokenizer_lacks(go: Go, tmp_path: Path) -> None:
+    go(tmp_path, *EAGER, model__vocab_size=4096, train__max_steps=3, sample__tokens=50)
+    (sample,) = [r["sample"] for r in read_metrics(tmp_path / "metrics.jsonl") if "sample" in r]
+    assert set(sample) <= set(ALPHABET)
+
+
+# Bad input: one sentence, status 2, nothing compiled, nothing written.
+
+
+def test_a_missing_data_folder(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "no data folder at" in refused(data__path=tmp_path / "nowhere")
+
+
+def test_an_empty_data_folder(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no token file at" in refused(data__path=tmp_path / "empty")
+
+
+def test_an_odd_number_of_bytes(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.bin").write_bytes(bytes(4001))
+    assert "an odd number of bytes (4,001)" in refused(data__path=tmp_path / "data")
+
+
+def test_a_token_id_beyond_the_vocabulary(refused: Callable[..., str], tmp_path: Path) -> None:
+    write_tokens(tmp_path / "data", np.arange(400) % 40)
+    said = refused(data__path=tmp_path / "data")
+    assert "token id 32 at position 32, expected ids below 32" in said
+
+
+def test_a_file_shorter_than_one_window(refused: Callable[..., str], tmp_path: Path) -> None:
+    write_tokens(tmp_path / "data", np.arange(16))
+    assert "has 16 tokens, expected at least 17" in refused(data__path=tmp_path / "data")
+
+
+def test_a_file_that_is_not_what_its_manifest_says(refused: Callable[..., str], tmp_path: Path) -> None:
+    write_tokens(tmp_path / "data", np.arange(400) % 32)
+    np.zeros(399, "<u2").tofile(tmp_path / "data/val.bin")
+    assert "has 399 tokens, its manifest says 400" in refused(data__path=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"data__total_batch_size": 100},
+            "a total batch of 100 tokens does not divide into microsteps of 64",
+        ),
+        ({"model__n_head": 3}, "n_embd 16 does not divide into 3 heads"),
+        ({"model__n_layer": 0}, "model.n_layer is 0, expected at least 1"),
+        ({"optim__warmup_steps": 20}, "warmup takes 20 of 20 steps, expected fewer"),
+        ({"optim__min_learning_rate": 1.0}, "learning rates from 0.0006 down to 1.0"),
+        ({"optim__weight_decay": -1}, "weight decay is -1.0, expected at least 0"),
+        ({"optim__gradient_clip_norm": "nan"}, "gradient_clip_norm is nan, expected above 0"),
+        ({"data__batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"train__max_steps": 1, "optim__warmup_steps": 1}, "max steps is 1, expected at least 2"),
+        ({"train__stop_after": 0}, "stop after is 0, expected at least 1"),
+        ({"train__seed": -1}, "the seed is -1, expected at least 0"),
+        ({"eval__interval": 0}, "the eval interval is 0 steps, expected at least 1"),
+        ({"eval__tokens": 0}, "an evaluation of 0 tokens, expected at least 1"),
+        ({"checkpoint__interval": 0}, "the checkpoint interval is 0 steps"),
+        ({"checkpoint__keep": 0}, "keeping 0 checkpoints, expected at least 1"),
+        ({"sample__tokens": 0}, "a sample of 0 tokens"),
+        ({"sample__prompt": "é"}, "got the character 'é'"),
+        ({"train__device": "gpu"}, "no device is called 'gpu', expected cuda, cpu or mps"),
+        ({"train__device": "cpu:1"}, "no device cpu:1 on this machine, expected one of"),
+        ({"train__device": "cuda:99"}, "no device cuda:99 on this machine"),
+        ({"resume": "must"}, "has no checkpoint, expected one with --resume must"),
+    ],
+)
+def test_a_value_out_of_range(refused: Callable[..., str], changes: dict[str, Any], sentence: str) -> None:
+    assert sentence in refused(**changes)
+
+
+def test_betas_out_of_range(refused: Callable[..., str]) -> None:
+    said = refused("--optim.betas", "0.9", "1.0")
+    assert "betas are (0.9, 1.0), expected each at least 0 and below 1; set --optim.betas" in said
+
+
+def test_a_prompt_beyond_the_models_vocabulary(refused: Callable[..., str], tmp_path: Path) -> None:
+    write_tokens(tmp_path / "data", np.arange(400) % 8)
+    said = refused(data__path=tmp_path / "data", model__vocab_size=8, sample__prompt="Z")
+    assert "the prompt 'Z' has the token ids [26], expected at least one and all below" in said
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--train.precision", "int8"), ("--modle.n-layer", "1")])
+def test_a_flag_that_is_misspelled_is_named_with_what_was_expected(
+    go: Go, tmp_path: Path, capsys: Any, flag: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path / "run", flag, value)
+    said = " ".join(re.sub("[─│╭╮╰╯]", "", capsys.readouterr().err).split())
+    assert stop.value.code == 2
+    assert ("'bfloat16'" if value == "int8" else "Perhaps you meant: --model.n-layer") in said
+    assert "Traceback" not in said
+
+
+def test_a_run_directory_with_another_config(refused: Callable[..., str], go: Go, tmp_path: Path) -> None:
+    go(tmp_path / "run", *EAGER, train__stop_after=1)
+    assert "holds a run with --model.n-head 2, now 4" in refused(model__n_head=4)
+    assert "holds a run with --train.max-steps 20, now 30" in refused(train__max_steps=30)
+    assert "holds a run (at step 1), expected none with --resume never" in refused(resume="never")
+
+
+def test_a_run_directory_with_other_data(refused: Callable[..., str], go: Go, tmp_path: Path) -> None:
+    go(tmp_path / "run", *EAGER, train__stop_after=1)
+    write_tokens(tmp_path / "data", np.arange(400) % 32)
+    assert "was trained on other data than" in refused(data__path=tmp_path / "data")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config": 1}', '{"config": {}}'])
+def test_a_damaged_config_json(refused: Callable[..., str], tmp_path: Path, damage: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(damage)
+    assert "config.json is not what a run wrote" in refused()
+
+
+def test_a_directory_that_is_no_runs(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("mine")
+    assert "holds metrics.jsonl but no config.json, so it is not a run's directory" in refused()
+
+
+def test_a_checkpoint_of_another_shape(
+    refused: Callable[..., str], go: Go, folder: Path, tmp_path: Path
+) -> None:
+    go(tmp_path / "run", *EAGER, train__stop_after=1)
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    state = init_state(
+        GPT2Config(32, 16, 1, 2, 24), make_optimizer(RunConfig(), "float32"), torch.Generator()
+    )
+    checkpointer = Checkpointer(tmp_path / "run/checkpoints")
+    checkpointer.save(2, state, metadata=about)
+    checkpointer.close()
+    said = refused()
+    assert "the checkpoint of step 2" in said
+    assert "params/wte.weight is float32[32, 24], expected float32[32, 16]" in said
+
+
+def test_parameters_of_fewer_positions_than_asked_for(
+    refused: Callable[..., str], go: Go, tmp_path: Path
+) -> None:
+    go(tmp_path / "source", *EAGER, train__stop_after=1)
+    said = refused(init__run_dir=tmp_path / "source", model__block_size=32)
+    assert "holds another model: wpe.weight is float32[16, 16], expected float32[32, 16]" in said
+
+
+def test_parameters_from_a_run_that_has_none(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "holds no checkpoint" in refused(init__run_dir=tmp_path / "nowhere")
+
+
+def test_a_full_disk_before_the_start(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert "has 0.000 GB free and checkpoints need" in refused()
+
+
+def test_a_full_disk_on_the_way(go: Go, tmp_path: Path, capsys: Any) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # a few lines of metrics, no checkpoint
+    try:
+        with pytest.raises(SystemExit) as stop:
+            go(
+                tmp_path / "run",
+                *EAGER,
+                checkpoint__interval=None,
+                eval__interval=None,
+                sample__interval=None,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stop.value.code == 2
+    assert re.fullmatch(
+        r"error: no more room to write in \S+ \(File too large\).*\n", capsys.readouterr().err
+    )
+
+
+def test_a_run_directory_that_cannot_be_made(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "is not a folder that you may write to" in refused(run_dir=tmp_path / "file/run")
+    assert "is a file, expected a directory" in refused(run_dir=tmp_path / "file")
+
+
+# What goes wrong while it runs.
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(go: Go, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path, *EAGER, optim__max_learning_rate=1e30, optim__warmup_steps=1, checkpoint__interval=1)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    step = int(re.match(r"error: the \w+ of step (\d+) is (nan|inf), expected a number", said)[1])
+    assert (Checkpointer(tmp_path / "checkpoints").latest() or 0) < step
+    assert steps_logged(tmp_path)[-1] == step
+
+
+def test_a_gradient_that_is_no_number_is_fatal_unless_the_loss_is_scaled() -> None:
+    lost = {"loss": 1.0, "grad_norm": math.inf}
+    check_finite(RunConfig(), 1, lost, "float16")
+    with pytest.raises(UserError, match="the grad_norm of step 1 is inf, expected a number"):
+        check_finite(RunConfig(), 1, lost, "bfloat16")
+
+
+class SmallMemory(TorchDispatchMode):
+    """A device on which no tensor of integers may have more than `limit` numbers: that bounds the
+    sequences."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.embedding.default and result.numel() > self.limit:
+            raise torch.OutOfMemoryError("no more memory")
+        return result
+
+
+def test_the_microstep_is_halved_until_its_memory_is_there(go: Go, tmp_path: Path, capsys: Any) -> None:
+    with SmallMemory(16 * 16):  # one sequence of 16 tokens and 16 features
+        result = go(tmp_path / "a", *EAGER, train__stop_after=2)
+    said = capsys.readouterr().out
+    assert "with 4 sequences in a microstep: 2 at a time and 4 microsteps from here on" in said
+    assert "with 2 sequences in a microstep: 1 at a time and 8 microsteps from here on" in said
+    assert differing_leaves(result, go(tmp_path / "b", *EAGER, data__batch_size=1, train__stop_after=2)) == []
+
+
+def test_memory_for_not_even_one_sequence_ends_in_a_sentence(go: Go, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop, SmallMemory(0):
+        go(tmp_path, *EAGER, data__batch_size=1)
+    assert stop.value.code == 2
+    assert "out of memory after 0 steps with 1 sequences in a microstep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(64, 32), (6, 3), (15, 5), (2, 1), (7, 1)])
+def test_smaller_microsteps_keep_the_tokens_of_a_step(size: int, smaller: int) -> None:
+    spec = BatchSpec(block_size=8, batch_size=size, total_batch_size=8 * size * 3, seed=0)
+    halved = smaller_microsteps(spec, steps_done=0, error=MemoryError())
+    assert halved.batch_size == smaller
+    assert halved.batch_size * halved.accumulation == 3 * size
+
+
+def test_memory_that_is_gone_after_the_first_step_is_not_answered_by_halving() -> None:
+    spec = BatchSpec(block_size=8, batch_size=4, total_batch_size=32, seed=0)
+    with pytest.raises(UserError, match=r"out of memory after 3 steps .* set a smaller --data.batch-size"):
+        smaller_microsteps(spec, steps_done=3, error=MemoryError())
+
+
+def test_microsteps_are_cut_to_what_the_device_has_free(capsys: Any) -> None:
+    config = RunConfig(model=GPT2Config.named("gpt2"), data=DataConfig(batch_size=64))
+    spec = BatchSpec(block_size=1024, batch_size=64, total_batch_size=524288, seed=0)
+    gpu = perf.Hardware(
+        torch.device("cpu"), "a GPU", 8, 24 * 10**9, 20 * 10**9, bf16_fast=True, fp16_fast=True
+    )
+    cut = fit(config, spec, gpu, "bfloat16", Console(1))
+    assert cut.batch_size < 64
+    assert cut.batch_size * cut.accumulation == 64 * 8
+    assert re.fullmatch(
+        rf"64 sequences in a microstep do not fit a GPU: {cut.batch_size} at a time and {cut.accumulation} "
+        r"microsteps instead of 8\n",
+        capsys.readouterr().out,
+    )
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "/nowhere/g++"}, {"PATH": "/nowhere"}])
+def test_without_a_compiler_a_line_says_so_and_the_run_is_eager(
+    go: Go, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = counters["stats"]["unique_graphs"]
+    result = go(tmp_path, train__max_steps=3)
+    assert result.step == 3
+    assert counters["stats"]["unique_graphs"] == before
+    said = capsys.readouterr().out
+    assert said.count("no compiler found (") == 1
+    assert "float32, eager" in said
+
+
+# Signals.
+
+
+class RaiseSignal(TorchDispatchMode):
+    """Raises a signal inside the n-th look-up of token embeddings."""
+
+    def __init__(self, number: int, at_call: int) -> None:
+        super().__init__()
+        self.number, self.calls_left = number, at_call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.calls_left -= 1
+            if self.calls_left == 0:
+                signal.raise_signal(self.number)
+        return func(*args, **(kwargs or {}))
+
+
+def test_sigterm_in_a_step_saves_that_step_and_the_same_command_goes_on(go: Go, tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole", *EAGER, train__max_steps=4)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as stop, RaiseSignal(signal.SIGTERM, at_call=7):  # 4 calls a step
+        go(tmp_path / "cut", *EAGER, train__max_steps=4)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert Checkpointer(tmp_path / "cut/checkpoints").latest() == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert differing_leaves(whole, go(tmp_path / "cut", *EAGER, train__max_steps=4)) == []
+
+
+def test_a_signal_in_the_last_step_does_not_spoil_the_end(go: Go, tmp_path: Path) -> None:
+    with RaiseSignal(signal.SIGTERM, at_call=9):
+        assert go(tmp_path, *EAGER, train__max_steps=3).step == 3
+    assert steps_logged(tmp_path, "val_loss") == [3]
+
+
+# As a process.
+
+
+def command(*line: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.gpt2_124m", *line]
+
+
+def test_ctrl_c_ends_with_130_a_checkpoint_and_no_traceback(folder: Path, tmp_path: Path) -> None:
+    line = arguments(
+        *EAGER, data__path=folder, run_dir=tmp_path, train__max_steps=10**6, eval__interval=10**6
+    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command(*line), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            for shown in process.stdout:
+                if shown.startswith("step") and " 3/" in shown:
+                    process.send_signal(signal.SIGINT)
+                    break
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "stopping after this step, with a checkpoint" in err
+    stopped = int(re.search(r"stopped at step (\d+), saved; the same command goes on", out)[1])
+    assert Checkpointer(tmp_path / "checkpoints").latest() == stopped
+
+
+def test_a_mistake_ends_with_2_one_line_on_stderr_and_nothing_on_stdout(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("--data.path", "nowhere", "--run-dir", str(tmp_path / "run")),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: no data folder at nowhere; .*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []

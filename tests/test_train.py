@@ -1,0 +1,357 @@
+"""A step is the usual training step as a pure function: equal to the usual one, and compiled once."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from reference import hugging_face, hugging_face_loss
+from torch import Tensor
+
+from nanogpt import tree
+from nanogpt.data import Batch
+from nanogpt.errors import UserError
+from nanogpt.model import GPT2Config, fold_in
+from nanogpt.optim import (
+    Transform,
+    adamw,
+    chain,
+    clip_by_global_norm,
+    dynamic_loss_scale,
+    warmup_cosine,
+)
+from nanogpt.sample import generate
+from nanogpt.train import (
+    EvalStep,
+    Metrics,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    make_value_and_grad,
+)
+
+TINY = GPT2Config(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=16)
+DROPPING = dataclasses.replace(TINY, dropout=0.2)
+SCHEDULE = warmup_cosine(1e-2, final=1e-3, warmup_steps=5, total_steps=50)
+OPTIMIZER = chain(clip_by_global_norm(1.0), adamw(SCHEDULE, b1=0.9, b2=0.95, weight_decay=0.1))
+
+
+def start(optimizer: Transform = OPTIMIZER, config: GPT2Config = TINY) -> TrainState:
+    return init_state(config, optimizer, torch.Generator().manual_seed(0))
+
+
+def batch_of(step: int, *, A: int = 1, B: int = 4) -> Batch:
+    """Text that can be learned: a walk over the vocabulary with a step of 1 or 2."""
+    generator = torch.Generator().manual_seed(step)
+    strides = torch.randint(1, 3, (A, B, TINY.block_size + 1), generator=generator)
+    text = strides.cumsum(-1) % TINY.vocab_size
+    return Batch(text[..., :-1].contiguous(), text[..., 1:].contiguous())
+
+
+def copy_of(state: TrainState) -> TrainState:
+    return tree.map(torch.clone, state)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    return all(a.equal(b) for a, b in zip(tree.leaves(one), tree.leaves(other), strict=True))
+
+
+def run_steps(
+    train_step: TrainStep, state: TrainState, batches: list[Batch]
+) -> tuple[TrainState, list[Metrics]]:
+    all_metrics = []
+    for batch in batches:
+        state, metrics = train_step(state, batch)
+        all_metrics.append(tree.map(torch.clone, metrics))
+    return state, all_metrics
+
+
+# Equal to the usual training step
+
+
+def usual_losses(batches: list[Batch]) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a module, torch.optim.AdamW in two groups, and clip_grad_norm_."""
+    model = hugging_face(TINY, start().params)
+    leaves = list(model.parameters())
+    groups = [
+        {"params": [leaf for leaf in leaves if leaf.ndim >= 2], "weight_decay": 0.1},
+        {"params": [leaf for leaf in leaves if leaf.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer, losses, norms = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8), [], []
+    for step, batch in enumerate(batches):
+        optimizer.zero_grad()
+        loss = hugging_face_loss(model, batch.inputs.flatten(0, 1), batch.targets.flatten(0, 1))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(leaves, 1.0)))
+        for group in optimizer.param_groups:
+            group["lr"] = float(SCHEDULE(torch.tensor(step)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, norms
+
+
+def test_fifty_steps_follow_a_module_with_torch_adamw_and_clipping():
+    batches = [batch_of(step, A=1 + step % 3) for step in range(50)]
+    train_step = make_train_step(TINY, OPTIMIZER, precision="float32", compile=False)
+    _, metrics = run_steps(train_step, start(), batches)
+    losses, norms = usual_losses(batches)
+    assert losses[0] - losses[-1] > 1  # it learned something, so the losses below are not those of the start
+    assert min(norms) < 1 < max(norms)  # some steps are clipped and some are not
+    # "1e-4 relative" is the promise; 50 steps of rounding come to 1e-6
+    assert [float(m["loss"]) for m in metrics] == pytest.approx(losses, rel=1e-5)
+    assert [float(m["grad_norm"]) for m in metrics] == pytest.approx(norms, rel=1e-4)
+
+
+def test_four_microsteps_equal_one_of_the_same_tokens():
+    value_and_grad = make_value_and_grad(TINY, precision="float32")
+    one, key = batch_of(0, A=1, B=8), torch.tensor(0)
+    four = Batch(*(part.view(4, 2, TINY.block_size) for part in one))
+    (loss, grads), (loss_4, grads_4) = (
+        value_and_grad(start().params, b, key, torch.ones(())) for b in (one, four)
+    )
+    torch.testing.assert_close(loss_4, loss, rtol=1e-6, atol=0)  # sums in another order
+    for name, leaf in grads.items():
+        assert (grads_4[name] - leaf).norm() < 1e-5 * leaf.norm(), name
+
+
+def test_a_step_returns_a_new_state_and_leaves_the_old_one_alone():
+    state = start()
+    before = copy_of(state)
+    new_state, _ = make_train_step(TINY, OPTIMIZER, precision="float32", compile=False)(state, batch_of(0))
+    assert same_bits(state, before)
+    assert int(new_state.step) == 1
+    old = {leaf.data_ptr() for leaf in tree.leaves(state)}
+    assert not any(leaf.data_ptr() in old for leaf in tree.leaves(new_state))
+
+
+def test_a_donated_state_holds_the_new_values_in_the_old_memory():
+    batches = [batch_of(step) for step in range(3)]
+    kept, donated = (
+        make_train_step(TINY, OPTIMIZER, precision="float32", compile=False, donate=donate)
+        for donate in (False, True)
+    )
+    expected, _ = run_steps(kept, start(), batches)
+    given = start()
+    got, _ = run_steps(donated, given, batches)
+    assert same_bits(got, expected)
+    assert [leaf.data_ptr() for leaf in tree.leaves(got)] == [leaf.data_ptr() for leaf in tree.leaves(given)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_master_parameters_and_moments_stay_fp32(precision: str):
+    state, metrics = make_train_step(TINY, OPTIMIZER, precision=precision, compile=False)(
+        start(), batch_of(0, A=2)
+    )
+    assert tree.diff(state, start()) == []
+    assert {leaf.dtype for leaf in state.params.values()} == {torch.float32}
+    assert {leaf.dtype for leaf in metrics.values()} == {torch.float32}
+
+
+def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
+    grads = {}
+    for precision in ("float32", "bfloat16"):
+        value_and_grad = make_value_and_grad(TINY, precision=precision)
+        _, grads[precision] = value_and_grad(
+            start().params, batch_of(0, B=16), torch.tensor(0), torch.ones(())
+        )
+    for name, leaf in grads["float32"].items():
+        # 8 bits of mantissa round by 0.4 %, a few times on the way
+        assert (grads["bfloat16"][name] - leaf).norm() < 0.05 * leaf.norm(), name
+
+
+# Dropout
+
+
+def loss_of(
+    *, seed: int = 0, step: int = 0, batch: Batch | None = None, config: GPT2Config = DROPPING
+) -> float:
+    train_step = make_train_step(config, OPTIMIZER, precision="float32", seed=seed, compile=False)
+    state = start()._replace(step=torch.tensor(step))
+    return float(train_step(state, batch or batch_of(0))[1]["loss"])
+
+
+def test_dropout_follows_from_the_seed_and_the_step():
+    assert loss_of(seed=1, step=2) == loss_of(seed=1, step=2)
+    assert len({loss_of(seed=seed, step=step) for seed in (1, 2, 3) for step in (1, 2, 3)}) == 9
+
+
+def test_without_dropout_seed_and_step_do_not_count():
+    assert loss_of(seed=1, step=2, config=TINY) == loss_of(seed=3, step=4, config=TINY)
+
+
+def test_microsteps_drop_features_of_their_own():
+    once = batch_of(0)
+    twice = Batch(*(torch.cat([part, part]) for part in once))
+    value_and_grad, key = make_value_and_grad(DROPPING, precision="float32"), torch.tensor(5)
+
+    def loss(batch: Batch) -> float:
+        return float(value_and_grad(start().params, batch, key, torch.ones(()))[0])
+
+    # Equal masks in both microsteps would make the mean of two equal losses.
+    assert loss(twice) != pytest.approx(loss(once), rel=1e-5)
+    assert fold_in(key, 0) != fold_in(key, 1)
+
+
+# float16
+
+
+def test_float16_with_loss_scaling_follows_float32():
+    scaled = dynamic_loss_scale(OPTIMIZER, initial=2.0**10)
+    batches = [batch_of(step, A=2) for step in range(10)]
+    half = make_train_step(TINY, scaled, precision="float16", compile=False)
+    full = make_train_step(TINY, OPTIMIZER, precision="float32", compile=False)
+    _, got = run_steps(half, start(scaled), batches)
+    _, expected = run_steps(full, start(), batches)
+    for name in ("loss", "grad_norm"):
+        # 11 bits of mantissa round by 0.05 %; ten steps at a high rate make that more
+        assert [float(m[name]) for m in got] == pytest.approx([float(m[name]) for m in expected], rel=0.02)
+
+
+def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale():
+    scaled = dynamic_loss_scale(OPTIMIZER, initial=2.0**24)  # gradients are beyond float16's 65,504
+    state = start(scaled)
+    new_state, metrics = make_train_step(TINY, scaled, precision="float16", compile=False)(state, batch_of(0))
+    assert math.isfinite(metrics["loss"])
+    assert not math.isfinite(metrics["grad_norm"])
+    assert same_bits(new_state.params, state.params)
+    assert same_bits(new_state.opt_state.inner, state.opt_state.inner)
+    assert float(new_state.opt_state.scale) == 2.0**23
+
+
+def test_a_float16_scale_falls_until_steps_are_taken_again():
+    scaled = dynamic_loss_scale(OPTIMIZER, initial=2.0**24)
+    state = start(scaled)
+    train_step = make_train_step(TINY, scaled, precision="float16", compile=False)
+    new_state, metrics = run_steps(train_step, state, [batch_of(0)] * 20)
+    assert math.isfinite(metrics[-1]["grad_norm"])
+    assert 1 < float(new_state.opt_state.scale) < 2.0**24
+    assert not same_bits(new_state.params, state.params)
+
+
+def test_float16_without_loss_scaling_is_refused():
+    train_step = make_train_step(TINY, OPTIMIZER, precision="float16", compile=False)
+    with pytest.raises(UserError) as caught:
+        train_step(start(), batch_of(0))
+    assert str(caught.value) == (
+        "float16 gradients underflow without loss scaling; wrap the optimizer in dynamic_loss_scale"
+    )
+
+
+def test_an_unknown_precision_is_refused():
+    for make in (make_train_step, make_eval_step):
+        with pytest.raises(UserError) as caught:
+            # past the type check that runs in tests only
+            make.__wrapped__(TINY, *([OPTIMIZER] if make is make_train_step else []), precision="int8")
+        assert str(caught.value) == (
+            "precision is 'int8', expected one of bfloat16, float16, float32; set --train.precision"
+        )
+
+
+# Evaluation
+
+
+def test_an_eval_step_sums_the_loss_of_the_targets_that_count():
+    batch = batch_of(0, A=2)
+    batch.targets[1, 2:] = -100
+    summed = make_eval_step(DROPPING, precision="float32", compile=False)(start().params, batch)
+    model = hugging_face(TINY, start().params)
+    logits = model(batch.inputs.flatten(0, 1), use_cache=False).logits.detach()
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    torch.testing.assert_close(summed, expected, rtol=1e-6, atol=0)  # sums in another order
+
+
+# Compiled: one compilation for all tests below, with dropout and two microsteps
+
+
+class Compiled(NamedTuple):
+    """Two runs of the same steps with the same compiled functions."""
+
+    states: list[TrainState]
+    metrics: list[list[Metrics]]
+    train_step: TrainStep
+    eval_step: EvalStep
+    eval_losses: list[Tensor]
+    graphs: int
+
+
+STEPS = 6
+
+
+def run_compiled(train_step: TrainStep) -> tuple[TrainState, list[Metrics]]:
+    return run_steps(train_step, start(), [batch_of(step, A=2) for step in range(STEPS)])
+
+
+def greedy(length: int, *, compile: bool) -> Tensor:
+    prompt = torch.arange(2 * length).view(2, length) % TINY.vocab_size
+    return generate(start().params, TINY, prompt, max_new_tokens=20, temperature=0.0, compile=compile)
+
+
+def graph_count() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Compiled]:
+    """After the first steps a compilation raises, here and in every test that is given this."""
+    torch._dynamo.reset()
+    before = graph_count()
+    train_step = make_train_step(DROPPING, OPTIMIZER, precision="float32", donate=True)
+    eval_step = make_eval_step(TINY, precision="float32")
+    train_step(start(), batch_of(0, A=2))
+    eval_step(start().params, batch_of(0))
+    greedy(3, compile=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        states, metrics = zip(*(run_compiled(train_step) for _ in range(2)), strict=True)
+        losses = [eval_step(state.params, batch_of(step)) for step, state in enumerate((start(), *states))]
+        compiled = Compiled(
+            list(states), list(metrics), train_step, eval_step, losses, graph_count() - before
+        )
+        yield compiled
+
+
+def test_step_evaluation_and_sampling_are_one_graph_each(compiled: Compiled):
+    assert compiled.graphs == 3
+
+
+def test_compiled_steps_equal_eager_ones(compiled: Compiled):
+    train_step = make_train_step(DROPPING, OPTIMIZER, precision="float32", compile=False)
+    state, metrics = run_compiled(train_step)
+    for got, expected in zip(compiled.metrics[0], metrics, strict=True):
+        for name, value in expected.items():
+            # six steps of sums in another order
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=0)
+    for name, leaf in state.params.items():
+        assert (compiled.states[0].params[name] - leaf).norm() < 1e-3 * leaf.norm(), name
+
+
+def test_the_same_seed_twice_gives_the_same_bits(compiled: Compiled):
+    assert same_bits(*compiled.states)
+    assert same_bits(*compiled.metrics)
+
+
+def test_compiled_evaluation_equals_the_eager_one(compiled: Compiled):
+    eval_step = make_eval_step(TINY, precision="float32", compile=False)
+    for step, (state, loss) in enumerate(zip((start(), *compiled.states), compiled.eval_losses, strict=True)):
+        torch.testing.assert_close(loss, eval_step(state.params, batch_of(step)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 3, 15, 16, 20])
+def test_sampling_is_compiled_once_for_all_lengths_and_equals_the_eager_one(compiled: Compiled, length: int):
+    """20 new tokens go through every position and past block_size."""
+    assert greedy(length, compile=True).equal(greedy(length, compile=False))
+
+
+def test_a_recompilation_would_have_failed(compiled: Compiled):
+    for function, arguments in (
+        (compiled.train_step, (start(), batch_of(0, A=3))),
+        (compiled.eval_step, (start().params, batch_of(0, B=3))),
+    ):
+        with pytest.raises(RuntimeError, match="fail_on_recompile"):
+            function(*arguments)
