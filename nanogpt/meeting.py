@@ -1,0 +1,204 @@
+"""Who this process is among torchrun's, and how processes find one another."""
+
+import functools
+import os
+import re
+import signal
+import socket
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from nanogpt.errors import UserError
+
+POLL_S = 0.02
+LATER_S = 5.0
+"""The others wait longer than rank 0, which then says who is missing."""
+
+
+class World(NamedTuple):
+    """The place of this process: of all, and of those on its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def world() -> World:
+    """This process's place from torchrun's environment; one of one without it.
+
+    Raises UserError for one that is incomplete or contradicts itself.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    said = {name: os.environ[name] for name in names if name in os.environ}
+    if not said:
+        return World(0, 1, 0, 1)
+    expected = f"expected all of {', '.join(names)} as torchrun sets them; start with torchrun, or unset them"
+    if len(said) < len(names) or not all(text.isdecimal() for text in said.values()):
+        raise UserError(f"the environment has {said}, {expected}")
+    here = World(*(int(said[name]) for name in names))
+    if not (here.rank < here.size and here.local_rank < here.local_size <= here.size):
+        raise UserError(f"the environment has {said}, expected ranks below sizes; start with torchrun")
+    if here.size > 1 and not (
+        os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT", "").isdecimal()
+    ):
+        raise UserError(
+            "MASTER_ADDR and MASTER_PORT are not both set, expected where rank 0 is; use torchrun"
+        )
+    return here
+
+
+def meet(world: World, *, timeout_s: float) -> Store:
+    """A store that these processes share, and nobody from an earlier start, once all of them are there.
+
+    Raises UserError on every rank that is there, naming those that are not.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = world.rank == 0 and not agent_has_store()
+    deadline = time.monotonic() + timeout_s
+    if not is_host:
+        wait_for_port(address, port, deadline)
+    connect = functools.partial(
+        dist.TCPStore,  # pyright: ignore[reportPrivateImportUsage]  documented, but not re-exported
+        address,
+        port,
+        is_master=is_host,
+        wait_for_workers=False,  # it would not say which one is missing
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        # In a thread: its timeout does not cover a program of another kind that listens there and says nothing.
+        store = ThreadPoolExecutor(1).submit(connect).result(max(deadline - time.monotonic(), LATER_S))
+    except (dist.DistError, ValueError, TimeoutError) as error:
+        if not is_host:
+            raise unanswered(world) from error
+        raise UserError(
+            f"rank 0 cannot listen on {meeting_point()}, expected a free port of this machine for ranks "
+            f"to meet at; set another --master-port or --rdzv-endpoint, or start with torchrun --standalone"
+        ) from error
+    try:
+        return PrefixStore(_session_of(store, world, deadline), store)
+    except dist.DistError as error:
+        raise unanswered(world) from error
+
+
+def wait_for_port(address: str, port: int, deadline: float) -> None:
+    """Returns once something listens there. TCPStore waits too, but writes a C++ stack for each attempt."""
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((address, port), timeout=max(left, POLL_S)).close()
+            return
+        except OSError as error:
+            if left < 0:
+                raise UserError(
+                    f"{host()} cannot reach rank 0 at {meeting_point()} ({error}); check that rank 0's "
+                    f"machine was started, the address, the port, and the firewall between them"
+                ) from error
+        time.sleep(POLL_S)
+
+
+def unanswered(world: World) -> UserError:
+    return UserError(
+        f"rank {world.rank} on {host()} reached {meeting_point()} but rank 0 did not answer; look at rank "
+        f"0's output there, or at what else listens on that port"
+    )
+
+
+def missing_after(store: Store, keys: list[str], seconds: float) -> list[str]:
+    """Waits for the keys, and returns those that have not come after that time.
+
+    By asking again and again: Store.wait cannot say which, and warns on stderr in C++.
+    """
+    deadline = time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return [key for key in keys if not store.check([key])]
+        time.sleep(POLL_S)
+    return []
+
+
+def _session_of(store: Store, world: World, deadline: float) -> str:
+    """A name that only the ranks of this start know, for their keys in the store.
+
+    After a restart torchrun's store still has the keys of the attempt before, and TORCHELASTIC_RESTART_COUNT
+    differs between machines, as only the one with the failure counts it. So each rank says a number of its
+    own, and rank 0 answers every number with the name: answers to the dead are never read.
+    """
+    if world.rank > 0:
+        left = deadline - time.monotonic() + LATER_S
+        number = uuid.uuid4().hex
+        store.set(f"hello/{world.rank}", number)
+        if missing_after(store, [f"welcome/{number}"], left):
+            raise unanswered(world)
+        session = store.get(f"welcome/{number}").decode()
+        store.set(f"{session}/host/{world.rank}", host())
+        if missing_after(store, [f"{session}/missing"], left):
+            raise unanswered(world)
+        if missing := store.get(f"{session}/missing").decode():
+            raise UserError(missing)
+        return session
+    session, answered, missing = uuid.uuid4().hex, {}, set(range(1, world.size))
+    store.set(f"{session}/host/0", host())
+    while missing and time.monotonic() < deadline:
+        for rank in sorted(missing):
+            if store.check([f"{session}/host/{rank}"]):
+                missing.discard(rank)
+            elif store.check([f"hello/{rank}"]) and answered.get(rank) != (
+                number := store.get(f"hello/{rank}")
+            ):
+                answered[rank] = number
+                store.set(f"welcome/{number.decode()}", session)
+        time.sleep(POLL_S)
+    sentence = ""
+    if missing:
+        who = ", ".join(map(str, sorted(missing)))
+        sentence = (
+            f"of {world.size} ranks these did not come to {meeting_point()} in time: {who}; look at their "
+            f"output, and whether every machine was started for the same number of machines"
+        )
+    store.set(f"{session}/missing", sentence)
+    if missing:
+        raise UserError(sentence)
+    return session
+
+
+def own_connection(store: Store) -> Store:
+    """The same store for another thread: a call that waits blocks every other one on its connection."""
+    return store.clone()  # pyright: ignore[reportAttributeAccessIssue]  torch's stub does not have it
+
+
+def meeting_point() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def agent_has_store() -> bool:
+    """Whether torchrun's own process holds the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def host() -> str:
+    return socket.gethostname()
+
+
+def stop_restarts() -> None:
+    """Ends the torchrun that started this process, which would start it again up to --max-restarts times.
+
+    torchrun restarts whatever ends with a status other than 0 and has no status for "do not". It handles
+    SIGQUIT by ending; what experiments.launch.torchrun turns into status 2, plain torchrun ends in 1.
+    Does nothing where the parent is not known to be a torchrun.
+    """
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return
+    handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    if re.search(rb"torchrun|torch\.distributed\.run", command) and "SIGQUIT" in handled:
+        os.kill(os.getppid(), signal.SIGQUIT)
