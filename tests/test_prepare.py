@@ -1,17 +1,21 @@
 """Prepare: equal to a plain loop for any source, workers and kills; a sentence for each mistake."""
 
+import contextlib
 import gzip
 import io
 import json
 import lzma
 import os
+import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +28,16 @@ import pytest
 import tiktoken
 
 from nanogpt.errors import UserError
-from nanogpt.prepare import check, ensure_bundled, sources
+from nanogpt.prepare import arrow, check, ensure_bundled, sources
 from nanogpt.prepare.__main__ import main
 from nanogpt.prepare.build import validation_mask
 from nanogpt.prepare.bundled import bundled_text
 from nanogpt.prepare.engines import EnginesDifferError, checked, encode_each, fastokens_encoder
 from nanogpt.prepare.journal import open_journal
 from nanogpt.prepare.manifest import read_manifest
+from nanogpt.prepare.progress import Progress
+from nanogpt.prepare.readers import Document, open_stream
+from nanogpt.prepare.shards import Record
 from nanogpt.tokenizer import characters, gpt2
 
 FRACTION, SEED = 0.01, 7
@@ -246,6 +253,56 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_files(documents, tmp_
     assert prepared(source, tmp_path / "out") == plain_loop(documents)
 
 
+def test_ctrl_c_ends_a_run_at_once_and_leaves_no_process(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents * 30)
+    process = started(source, "--out", tmp_path / "out", "--engine", "tiktoken", start_new_session=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and lines_in(tmp_path / "out" / ".prepare" / "records.jsonl") < 2:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.splitlines()[-1]) == (
+        130,
+        "stopped; the same command continues where it was",
+    )
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and processes_of_session(process.pid):
+        time.sleep(0.01)
+    assert processes_of_session(process.pid) == []
+
+
+def processes_of_session(session: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_server_of_workers_that_is_killed_is_one_sentence(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    process = started(source, "--out", tmp_path / "out", "--engine", "tiktoken", start_new_session=True)
+    servers: list[int] = []
+    while process.poll() is None and not servers:
+        servers = [pid for pid in processes_of_session(process.pid) if "forkserver" in command_line(pid)]
+    os.kill(servers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith(
+        "error: a worker process was killed, perhaps for want of memory"
+    )
+    assert "Traceback" not in errors
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -281,6 +338,45 @@ def test_a_restart_makes_what_is_missing_or_damaged_and_nothing_else(broken_at_t
     assert third.stat().st_mtime_ns == kept
 
 
+def test_documents_that_are_bad_can_be_skipped_after_all(broken_at_the_end, documents, tmp_path):
+    with (tmp_path / "out" / ".prepare" / "records.jsonl").open("a") as file:
+        file.write("no record\n")
+    assert prepared(broken_at_the_end, tmp_path / "out", "--skip-bad") == plain_loop(documents)
+    assert read_manifest(tmp_path / "out").skipped == {"broken JSON": 1}
+
+
+def test_shards_without_bad_documents_are_kept_when_bad_ones_are_to_be_skipped(broken_at_the_end, tmp_path):
+    *shards, _ = sorted((tmp_path / "out" / ".prepare").glob("*.shard"))  # the last ends at the bad line
+    settings = json.loads((tmp_path / "out" / ".prepare" / "job.json").read_text())["settings"]
+    shards[0].unlink()
+    stale = shards[0].with_name("000099.12345")
+    stale.write_bytes(b"what a killed process left")
+    with open_journal(tmp_path / "out", settings, engine="tiktoken", restartable=True) as journal:
+        assert sorted(journal.records) == list(range(1, len(shards)))
+        assert not stale.exists()
+
+
+def test_a_source_that_was_mended_is_done_again_loudly(broken_at_the_end, documents, tmp_path, capsys):
+    write_json_lines(broken_at_the_end, documents)
+    assert prepared(broken_at_the_end, tmp_path / "out") == plain_loop(documents)
+    assert (
+        "warning: the source has changed since this run began; all is done again" in capsys.readouterr().err
+    )
+
+
+def test_another_column_may_be_named_after_the_first_was_missing(documents, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"Body Text": text}) + "\n" for text in documents))
+    assert "has Body Text, expected 'text'" in error_of(capsys, path, "--out", tmp_path / "out")
+    assert prepared(path, tmp_path / "out", "--text-column", "Body Text") == plain_loop(documents)
+
+
+def test_no_documents_at_all_are_one_sentence_with_what_was_left_out(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(BAD_LINES))
+    message = error_of(capsys, tmp_path / "a.jsonl", "--out", tmp_path / "out", "--skip-bad")
+    assert "a.jsonl has no documents (left out: 3 broken JSON, 1 empty, 1 missing column" in message
+
+
 def test_an_unfinished_run_is_not_continued_with_other_settings(broken_at_the_end, tmp_path, capsys):
     message = error_of(capsys, broken_at_the_end, "--out", tmp_path / "out", "--text-column", "body")
     assert "holds an unfinished run with other settings (text_column 'text', now 'body')" in message
@@ -290,7 +386,8 @@ def test_data_that_lies_there_is_never_overwritten(documents, tmp_path, capsys):
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     files = prepared(source, tmp_path / "out")
     message = error_of(capsys, source, "--out", tmp_path / "out", "--limit", 5)
-    assert "already holds manifest.json, train.bin, val.bin of other data or settings" in message
+    assert "already holds manifest.json, train.bin, val.bin of other data or settings (" in message
+    assert "limit None, now 5)" in message
     (tmp_path / "out" / "manifest.json").unlink()
     assert "already holds train.bin, val.bin of" in error_of(capsys, source, "--out", tmp_path / "out")
     assert files_of(tmp_path / "out") == files
@@ -307,10 +404,11 @@ def test_two_processes_do_not_prepare_one_folder(documents, tmp_path, capsys):
 
 BAD_LINES = {
     b'{"text": "cut': "line 3 is not JSON (Unterminated string",
-    b'"a text"': "line 3 holds a str, expected one JSON object a line",
+    b'"a text"': "line 3 holds a string, expected one JSON object a line",
+    b"[" * 100_000: "line 3 is not JSON (maximum recursion depth exceeded",
     b'{"body": "a", "id": 1}': "line 3 has body, id, expected 'text' (set --text-column)",
-    b'{"text": 7}': "line 3 holds a int, expected a text",
-    b'{"text": null}': "line 3 holds a NoneType, expected a text",
+    b'{"text": 7}': "line 3 holds a number, expected a text",
+    b'{"text": null}': "line 3 holds null, expected a text",
     b'{"text": ""}': "line 3 is an empty document, expected at least one character",
     b'{"text": "caf\xe9"}': "line 3 has 0xe9 at byte 13, expected UTF-8",
 }
@@ -333,7 +431,7 @@ def test_bad_documents_are_counted_and_left_out_on_request(tmp_path, capsys):
     lines = [b'{"text": "one"}', *BAD_LINES, b'{"text": "two"}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     assert prepared(tmp_path / "a.jsonl", tmp_path / "out", "--skip-bad") == plain_loop(["one", "two"])
-    said = "left out: 2 broken JSON, 1 empty, 1 missing column, 2 not a text, 1 undecodable bytes"
+    said = "left out: 3 broken JSON, 1 empty, 1 missing column, 2 not a text, 1 undecodable bytes"
     assert said in capsys.readouterr().out
     assert sum(read_manifest(tmp_path / "out").skipped.values()) == len(BAD_LINES)
 
@@ -342,19 +440,80 @@ def test_bad_documents_are_counted_and_left_out_on_request(tmp_path, capsys):
 def test_a_truncated_file_is_named(suffix, documents, tmp_path, capsys):
     source = compressed(write_json_lines(tmp_path / "a.jsonl", documents), suffix)
     source.write_bytes(source.read_bytes()[:-300])
-    assert f"{source} is cut short or damaged" in error_of(capsys, source, "--out", tmp_path / "out")
+    message = error_of(capsys, source, "--out", tmp_path / "out")
+    assert re.search(rf"{source} from line [\d,]+ on is cut short or damaged \(", message)
 
 
 def test_bad_rows_and_truncated_files_of_parquet_are_named(tmp_path, capsys):
     path, out = tmp_path / "a.parquet", tmp_path / "out"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 400 + [None]}), path, row_group_size=300)
-    assert f"{path} row 400 holds a NoneType, expected a text" in error_of(capsys, path, "--out", out)
+    assert f"{path} row 400 holds null, expected a text" in error_of(capsys, path, "--out", out)
     shutil.rmtree(out)
     message = error_of(capsys, path, "--out", out, "--text-column", "body")
     assert f"{path} has text, expected 'body' (set --text-column)" in message
     shutil.rmtree(out)
     path.write_bytes(path.read_bytes()[:-9])
     assert f"{path} is cut short or damaged" in error_of(capsys, path, "--out", out)
+
+
+def test_a_row_of_parquet_that_is_not_utf_8_is_named(tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.array([b"a"] * 300 + [b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=200)
+    message = error_of(capsys, path, "--out", tmp_path / "out")
+    assert f"{path} row 300 has 0xe9 at byte 3, expected UTF-8" in message
+
+
+def test_a_damaged_page_of_parquet_is_named_with_the_row_where_it_begins(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [f"{i} {'some words ' * 20}" for i in range(2 * arrow.BATCH_ROWS)]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), path, row_group_size=arrow.BATCH_ROWS, use_dictionary=False
+    )
+    start = pyarrow.parquet.read_metadata(path).row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 200] = bytes(200)
+    path.write_bytes(data)
+    parts = [part for part, _ in arrow.row_parts(str(path), 1 << 30, cached=False)]
+    read = [document for part in parts for document in part.documents("text")]
+    assert read[:-1] == texts[: arrow.BATCH_ROWS]
+    assert f"{path} from row {arrow.BATCH_ROWS} on is cut short or damaged (" in read[-1].sentence
+
+
+def blocks_of(stream: io.BufferedIOBase, separator: str | None = None) -> list[Document]:
+    parts = sources.stream_blocks(stream, "a", separator)
+    return [document for part in parts for document in part.documents("text")]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_the_documents_before_a_damage_are_read(suffix, documents, tmp_path):
+    source = compressed(write_json_lines(tmp_path / "a.jsonl", documents), suffix)
+    source.write_bytes(source.read_bytes()[:-300])
+    with source.open("rb") as raw, open_stream(raw, suffix) as stream:
+        *texts, last = blocks_of(stream)
+    assert len(texts) > len(documents) / 2
+    assert texts == documents[: len(texts)]
+    assert last.sentence.startswith(f"a from line {len(texts) + 1:,} on is cut short or damaged (")
+
+
+class Dribble(io.BytesIO):
+    """A stream that gives at most 7 bytes at once, as a pipe may."""
+
+    def read1(self, size: int | None = -1) -> bytes:
+        return super().read1(7)
+
+
+@pytest.mark.parametrize(("separator", "glue"), [(None, ""), ("%%", "\n%%\n"), ("%%", "\r\n%%\r\n")])
+def test_the_parts_of_a_stream_do_not_depend_on_its_pieces(separator, glue, documents):
+    if separator is None:
+        data = "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+    else:
+        data = glue.join(documents).encode()
+    parts = list(sources.stream_blocks(io.BytesIO(data), "a", separator))
+    assert len(parts) > 5
+    assert max(len(part.data) for part in parts) <= SMALL_PARTS
+    assert parts == list(sources.stream_blocks(Dribble(data), "a", separator))
+    assert [text.removesuffix("\r") for text in blocks_of(io.BytesIO(data), separator)] == documents
 
 
 # jax, loaded by other tests, warns of any fork; this one sets a limit and starts another program.
@@ -393,11 +552,22 @@ def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, ca
         (["--limit", 1, "--val-fraction", 0.5], "got 1 documents of which 1 would validate"),
         (["--split-seed", -1], "got --split-seed -1, expected 0 or more"),
         (["--tokenizer", "char", "--engine", "fastokens"], "expected it installed and --tokenizer gpt2"),
+        (["--separator", ""], "got --separator '', expected one line that is not empty"),
+        (["--separator", "a\nb"], "got --separator 'a\\nb', expected one line"),
+        (["--separator", "---"], "expected one argument, expected what"),
+        (
+            ["--val-fractoin", 0.1],
+            "got --val-fractoin, expected what `python -m nanogpt.prepare --help` lists",
+        ),
+        (["--val-fractoin", 0.1], "; did you mean --val-fraction?"),
+        (["--workers", "two"], "argument --workers: invalid int value: 'two', expected what"),
+        (["/dev/null"], "/dev/null is a pipe or a device, expected a file or a folder"),
+        (["x" * 5000], "cannot read the source ([Errno 36] File name too long"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path, capsys):
     source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
-    arguments = flags if flags[0] == "nowhere.jsonl" else [source, *flags]
+    arguments = [source, *flags] if flags[0].startswith("--") else flags
     assert message in error_of(capsys, *arguments, "--out", tmp_path / "out")
 
 
@@ -561,6 +731,26 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(documents, tmp_path,
         errors,
         re.MULTILINE,
     )
+
+
+@pytest.mark.parametrize("width", [30, 200])
+def test_the_live_line_is_no_longer_than_the_terminal(width: int):
+    main_end, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, width))
+    with os.fdopen(terminal, "w") as stream:
+        progress = Progress(1000, engine="tiktoken", kept={}, stream=stream)
+        record = Record(
+            index=0, documents=10**7, tokens=10**10, characters=1, source_bytes=500, sha256="", skipped={}
+        )
+        progress.add(record)
+        shown = b""
+        while select.select([main_end], [], [], 0.1)[0]:
+            shown += os.read(main_end, 10_000)
+    os.close(main_end)
+    lines = shown.decode().split("\r\x1b[K")[1:]
+    assert len(lines) == 2
+    assert all(len(line) < width for line in lines)
+    assert "[############            ]  50%"[: width - 1] in lines[1]
 
 
 def test_a_data_set_of_the_hub_without_a_network_is_one_sentence(tmp_path, capsys):

@@ -1,8 +1,10 @@
 """`python -m nanogpt.prepare`: text to token files, and a look at what is there."""
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from nanogpt.errors import UserError
 from nanogpt.prepare.build import PrepareConfig, prepare
@@ -13,7 +15,8 @@ from nanogpt.prepare.sources import SPLIT_FRACTION, SPLIT_SEED, Options
 
 DESCRIPTION = """\
 Turn text into train.bin, val.bin (GPT-2 tokens, raw uint16) and manifest.json. Killed at any moment, the same
-command continues where it was; finished, it does nothing.
+command continues where it was; finished, it does nothing. Documents keep the order of the source in both
+files; which of them validate is drawn as `train_test_split` of `datasets` does with the same seed.
 
   python -m nanogpt.prepare openwebtext --out data/openwebtext
   python -m nanogpt.prepare HuggingFaceFW/fineweb-edu --config sample-10BT --out data/fineweb-edu
@@ -52,8 +55,28 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are a sentence and no table of flags."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.endswith("expected one argument"):
+            hint = "; a value that begins with - follows an =, as in --separator=---"
+        raise UserError(f"{message}, expected what `{self.prog} --help` lists{hint}")
+
+    def parse(self, arguments: list[str]) -> dict[str, Any]:
+        """The flags by name. Raises UserError with the nearest flag for one that is unknown."""
+        parsed, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [f"--{name.replace('_', '-')}" for name in vars(parsed)]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            hint = f"did you mean {near[0]}?" if near else "leave it out"
+            raise UserError(f"got {unknown[0]}, expected what `{self.prog} --help` lists; {hint}")
+        return vars(parsed)
+
+
 def parse(arguments: list[str]) -> PrepareConfig:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m nanogpt.prepare",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,7 +130,7 @@ def parse(arguments: list[str]) -> PrepareConfig:
     add(
         "--separator",
         metavar="LINE",
-        help="in text: a line of its own between documents (a file is a document)",
+        help="in text: a line of its own between documents, as in --separator=--- (a file is a document)",
     )
     add(
         "--skip-bad",
@@ -133,7 +156,7 @@ def parse(arguments: list[str]) -> PrepareConfig:
         help="what does the work; fastokens is checked against "
         "tiktoken on the way and given up at the first difference (%(default)s: fastokens where installed)",
     )
-    flags = vars(parser.parse_args(arguments))
+    flags = parser.parse(arguments)
     names = Options.__dataclass_fields__
     options = Options(**{name: value for name, value in flags.items() if name in names})
     return PrepareConfig(
@@ -142,9 +165,9 @@ def parse(arguments: list[str]) -> PrepareConfig:
 
 
 def folder_argument(command: str, description: str, arguments: list[str]) -> Path:
-    parser = argparse.ArgumentParser(prog=f"python -m nanogpt.prepare {command}", description=description)
+    parser = Parser(prog=f"python -m nanogpt.prepare {command}", description=description, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that prepare wrote")
-    return parser.parse_args(arguments).folder
+    return parser.parse(arguments)["folder"]
 
 
 def report(folder: Path, manifest: Manifest, word: str) -> None:

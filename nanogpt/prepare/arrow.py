@@ -22,7 +22,7 @@ def row_parts(name: str, part_bytes: int, cached: bool) -> Iterator[tuple[Part, 
     try:
         metadata = open_parquet(name, cached).metadata
     except READ_ERRORS as error:
-        yield Unreadable(unreadable(name, error)), 0
+        yield Unreadable(unreadable(name, error, name)), 0
         return
     groups: list[int] = []
     first_row = rows = uncompressed = compressed = 0
@@ -39,39 +39,35 @@ def row_parts(name: str, part_bytes: int, cached: bool) -> Iterator[tuple[Part, 
 
 def column_values(part: Rows, column: str) -> Iterator[Any]:
     """The values of `column` in `part`; a `Bad` where the file has no such column or is damaged."""
+    place, row = part.name, part.first_row
     try:
         file = open_parquet(part.name, part.cached)
         if column not in file.schema_arrow.names:
             yield missing_column(part.name, file.schema_arrow.names, column)
             return
         for batch in file.iter_batches(BATCH_ROWS, list(part.groups), [column], use_threads=False):
-            yield from decoded_column(batch.column(0))
+            yield from python_values(batch.column(0))
+            row += batch.num_rows
+            place = f"{part.name} from row {row:,} on"
     except READ_ERRORS as error:
-        yield unreadable(part.name, error)
+        yield unreadable(part.name, error, place)
 
 
-def unreadable(name: str, error: BaseException) -> Bad:
+def unreadable(name: str, error: BaseException, place: str) -> Bad:
     """What is wrong with the file. Raises where the file may be sound: the hub or the disk went away."""
     if name.startswith(HUB) and not isinstance(error, pyarrow.ArrowException | EOFError):
         raise hub_unreachable(name, error) from error
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-    return damaged(name, error)  # without a number, pyarrow's OSError is bytes that do not decompress
+    return damaged(place, error)  # without a number, pyarrow's OSError is bytes that do not decompress
 
 
-def decoded_column(values: pyarrow.Array) -> list[Any]:
-    """Python values; a text whose bytes are not UTF-8, which pyarrow does not check, becomes a `Bad`."""
+def python_values(values: pyarrow.Array) -> list[Any]:
+    """Python values; bytes in the place of texts where one is not UTF-8, which pyarrow never checks."""
     try:
         return values.to_pylist()
     except UnicodeDecodeError:
-        return [decoded_value(value) for value in values]
-
-
-def decoded_value(value: pyarrow.Scalar) -> Any:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError as error:
-        return Bad("undecodable bytes", f"a row has text that is not UTF-8 ({error}), expected UTF-8")
+        return values.cast(pyarrow.large_binary()).to_pylist()
 
 
 def open_parquet(name: str, cached: bool) -> pq.ParquetFile:

@@ -17,7 +17,14 @@ import numpy as np
 from nanogpt import __version__
 from nanogpt.errors import UserError
 from nanogpt.prepare.engines import ENGINES, EnginesDifferError, choose_engine
-from nanogpt.prepare.journal import FOLDER_NAME, Journal, content_hash, open_journal, read_job
+from nanogpt.prepare.journal import (
+    FOLDER_NAME,
+    Journal,
+    content_hash,
+    differences,
+    open_journal,
+    read_job,
+)
 from nanogpt.prepare.manifest import (
     MANIFEST_VERSION,
     SPLITS,
@@ -86,6 +93,17 @@ def prepare(config: PrepareConfig) -> Manifest:
     The bytes depend on the source, the tokenizer and the settings in the manifest; not on the number of
     workers, the engine, or how often the run was interrupted. Raises UserError for every mistake of the user.
     """
+    try:
+        return prepare_files(config)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {config.out} ({error.strerror}), expected room and permission there; "
+            "make some, or choose another --out"
+        ) from error
+
+
+def prepare_files(config: PrepareConfig) -> Manifest:
+    """The same, while an OSError is one of the output: all that read the source raise UserError."""
     source = find_source(config.source, with_known_revision(config))
     if source.tail is not None and config.limit is not None:
         raise UserError(f"got --limit for {source.name}, a single text, expected documents; leave it out")
@@ -94,29 +112,48 @@ def prepare(config: PrepareConfig) -> Manifest:
         return finished
     check_disk(config, source)
     tokenizer = gpt2() if config.tokenizer == "gpt2" else characters_of(source, config)
-    job_settings = {"source": source.name, "revision": source.revision, "tokenizer": tokenizer.describe()}
-    job_settings |= settings | {"content": content_hash(source.identity), "program": __version__}
-    engine = choose_engine(config.engine, tokenizer.name)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        with open_journal(
-            config.out, job_settings, engine=engine, restartable=source.identity is not None
-        ) as journal:
-            records = encode(config, source, tokenizer, journal)
-            documents = min(sum(record.documents for record in records), config.limit or sys.maxsize)
-            validates = validation_mask(
-                documents, fraction=settings["val_fraction"], seed=settings["split_seed"]
+    config.out.mkdir(parents=True, exist_ok=True)
+    with open_journal(
+        config.out,
+        job_settings(source, tokenizer, settings),
+        engine=choose_engine(config.engine, tokenizer.name),
+        restartable=source.identity is not None,
+        usable=lambda record: config.skip_bad or not record.skipped,
+    ) as journal:
+        records = encode(config, source, tokenizer, journal)
+        documents = min(sum(record.documents for record in records), config.limit or sys.maxsize)
+        if documents == 0:
+            raise UserError(
+                f"{source.name} has no documents{in_brackets(skipped_in(records))}, expected at least one to "
+                "train on; name another source"
             )
-            files = assemble(records, validates, journal.folder, config.out)
-            manifest = manifest_of(source, tokenizer, settings, records, files)
-            write_manifest(config.out, manifest)
-            journal.remove()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {config.out} ({error.strerror}), expected room and permission there; "
-            "make some, or choose another --out"
-        ) from error
+        validates = validation_mask(documents, fraction=settings["val_fraction"], seed=settings["split_seed"])
+        files = assemble(records, validates, journal.folder, config.out)
+        manifest = manifest_of(source, tokenizer, settings, records, files)
+        for stale in config.out.glob(".manifest.json.*"):
+            stale.unlink()  # of a process that was killed while it wrote
+        write_manifest(config.out, manifest)
+        journal.remove()
     return manifest
+
+
+def job_settings(source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the shards depend on: those of another job cannot be continued.
+
+    Which documents validate is decided afterwards, except of a single text; a finished shard without bad
+    documents is the same with and without `--skip-bad`.
+    """
+    free = {"source_bytes", "skip_bad"} | (
+        set() if source.tail is not None else {"val_fraction", "split_seed"}
+    )
+    job = {"source": source.name, "revision": source.revision, "tokenizer": tokenizer.describe()}
+    job |= {key: value for key, value in settings.items() if key not in free}
+    return job | {"content": content_hash(source.identity), "program": __version__}
+
+
+def in_brackets(skipped: dict[str, int]) -> str:
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+    return f" (left out: {counts})" if skipped else ""
 
 
 def with_known_revision(config: PrepareConfig) -> Options:
@@ -160,16 +197,26 @@ def finished_manifest(config: PrepareConfig, source: Source, settings: dict[str,
     unfinished = read_job(config.out) is not None
     if not held or (unfinished and "manifest.json" not in held):
         return None
+    why = "no manifest.json says of what"
     if "manifest.json" in held:
         manifest = read_manifest(config.out)
-        have = (manifest.source, manifest.revision, manifest.tokenizer["name"], manifest.settings)
-        want = (source.name, source.revision, config.tokenizer, settings)
-        if have == want and source.identity is not None and has_expected_sizes(config.out, manifest):
+        have = {
+            "source": manifest.source,
+            "revision": manifest.revision,
+            "tokenizer": manifest.tokenizer["name"],
+        }
+        want = {"source": source.name, "revision": source.revision, "tokenizer": config.tokenizer}
+        why = differences(have | manifest.settings, want | settings)
+        if not why and source.identity is None:
+            why = "what is piped in may be other text"
+        elif not why and not has_expected_sizes(config.out, manifest):
+            why = "the token files have other sizes than manifest.json says"
+        if not why:
             shutil.rmtree(config.out / FOLDER_NAME, ignore_errors=True)
             return manifest
     raise UserError(
-        f"{config.out} already holds {', '.join(held)} of other data or settings, expected a free folder; "
-        "choose another --out, or delete them first"
+        f"{config.out} already holds {', '.join(held)} of other data or settings ({why}), expected a free "
+        "folder; choose another --out, or delete them first"
     )
 
 
@@ -325,9 +372,6 @@ def manifest_of(
     records: list[Record],
     files: dict[str, TokenFile],
 ) -> Manifest:
-    skipped: Counter[str] = Counter()
-    for record in records:
-        skipped.update(record.skipped)
     return Manifest(
         version=MANIFEST_VERSION,
         source=source.name,
@@ -338,6 +382,14 @@ def manifest_of(
         tokens={split: file.tokens for split, file in files.items()},
         sha256={file_name(split): file.sha256 for split, file in files.items()},
         max_token_id=max(file.max_token_id for file in files.values()),
-        skipped=dict(sorted(skipped.items())),
+        skipped=skipped_in(records),
         settings=settings,
     )
+
+
+def skipped_in(records: list[Record]) -> dict[str, int]:
+    """Documents left out, by reason."""
+    skipped: Counter[str] = Counter()
+    for record in records:
+        skipped.update(record.skipped)
+    return dict(sorted(skipped.items()))

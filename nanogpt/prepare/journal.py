@@ -1,12 +1,13 @@
 """What a run has finished, kept next to its output so that another with the same settings continues."""
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from nanogpt.prepare.shards import Record, shard_path
 FOLDER_NAME = ".prepare"
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_journal(
-    out: Path, settings: dict[str, Any], *, engine: str, restartable: bool
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    engine: str,
+    restartable: bool,
+    usable: Callable[[Record], bool] = lambda record: True,
 ) -> "Iterator[Journal]":
     """The journal in `out`, continued where `restartable`, else new; nobody else can open it meanwhile.
 
-    Raises UserError where another process has it open or it belongs to a job with other `settings`.
+    Of an earlier process's shards those are kept that are `usable`. Raises UserError where another process
+    has it open or it has shards of a job with other `settings`.
     """
     folder = out / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +47,7 @@ def open_journal(
         if job is None or not restartable:
             journal.start_anew(engine)
         else:
-            journal.resume(job)
+            journal.resume(job, usable)
         yield journal
 
 
@@ -59,8 +66,7 @@ class Journal:
         write_atomically(
             self.folder / "job.json", json.dumps({"settings": self.settings, "engine": engine}).encode()
         )
-        for path in self.folder.glob("*.shard"):
-            path.unlink()
+        self._tidy()
 
     def add(self, record: Record) -> None:
         """Note a shard whose file is complete."""
@@ -72,23 +78,41 @@ class Journal:
         """The end: the folder is not needed any more."""
         shutil.rmtree(self.folder)
 
-    def resume(self, job: dict[str, Any]) -> None:
-        """Take over the shards that are as an earlier process left them; UserError for another job."""
+    def resume(self, job: dict[str, Any], usable: Callable[[Record], bool]) -> None:
+        """Take over the usable shards that are as an earlier process left them.
+
+        A source that has changed since is begun again, loudly. Raises UserError for shards of another job.
+        """
+        kept = [record for record in read_records(self.folder / "records.jsonl") if self._is_whole(record)]
         old, new = job["settings"], self.settings
-        changed = [
-            f"{key} {old.get(key)!r}, now {value!r}" for key, value in new.items() if old.get(key) != value
-        ]
-        if changed:
-            raise UserError(
-                f"{self.folder.parent} holds an unfinished run with other settings ({'; '.join(changed)}), "
-                f"expected the same; repeat that command, delete {self.folder}, or choose another --out"
-            )
-        self.engine = job["engine"]
-        for record in read_records(self.folder / "records.jsonl"):
-            path = shard_path(self.folder, record.index)
-            if path.is_file() and file_sha256(path) == record.sha256:
-                self.records[record.index] = record
+        if kept and old != new:
+            if has_changed(old, new):
+                sys.stderr.write("warning: the source has changed since this run began; all is done again\n")
+            else:
+                raise UserError(
+                    f"{self.folder.parent} holds an unfinished run with other settings "
+                    f"({differences(old, new)}), expected the same; repeat that command, delete "
+                    f"{self.folder}, or choose another --out"
+                )
+        if old != new:
+            self.start_anew(self.engine)
+            return
+        if job["engine"] == "tiktoken":  # perhaps because the faster one failed
+            self.engine = "tiktoken"
+        self.records = {record.index: record for record in kept if record.bad is None and usable(record)}
         self._rewrite()
+        self._tidy()
+
+    def _is_whole(self, record: Record) -> bool:
+        path = shard_path(self.folder, record.index)
+        return path.is_file() and file_sha256(path) == record.sha256
+
+    def _tidy(self) -> None:
+        """Remove what killed processes left half done, and shards without a record."""
+        known = {shard_path(self.folder, index) for index in self.records}
+        for path in set(self.folder.iterdir()) - known:
+            if path.name not in ("job.json", "records.jsonl", "lock"):
+                path.unlink(missing_ok=True)
 
     def _rewrite(self) -> None:
         lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in self.records.values()]
@@ -97,16 +121,37 @@ class Journal:
 
 def read_job(out: Path) -> dict[str, Any] | None:
     """The settings and the engine of the unfinished run in `out`; None where there is none."""
+    path = out / FOLDER_NAME / "job.json"
     try:
-        return json.loads((out / FOLDER_NAME / "job.json").read_bytes())
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not JSON ({error}), expected what a run left; delete {path.parent}"
+        ) from error
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of complete lines: the last one may be cut where the process was killed."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    return [Record(**json.loads(line)) for line in lines]
+    """The records of lines that are whole: one may be cut where the process or the machine stopped."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, TypeError):
+            records.append(Record(**json.loads(line)))
+    return records
+
+
+def has_changed(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two jobs read one local source that is not what it was."""
+    same = old.get("source") == new["source"] and old.get("revision") is new["revision"] is None
+    return same and old.get("content") != new["content"]
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The settings that differ, with both values."""
+    return "; ".join(
+        f"{key} {old.get(key)!r}, now {value!r}" for key, value in new.items() if old.get(key) != value
+    )
 
 
 def content_hash(identity: Any) -> str:

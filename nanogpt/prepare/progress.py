@@ -1,5 +1,6 @@
 """How far a run is: a live line on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -28,6 +29,7 @@ class Progress:
         self._documents = self._tokens = self._read = 0
         self._new_tokens = self._new_characters = self._new_read = 0
         self._estimated = False
+        self._show()
 
     def add(self, record: Record) -> None:
         self._documents += record.documents
@@ -43,14 +45,19 @@ class Progress:
             self._say(f"at this rate all of OpenWebText would take {whole}")
             self._estimated = True
         if self._live:
-            self._stream.write(f"\r\x1b[K{self._line()}")
-            self._stream.flush()
+            self._show()
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._say(self._line())
 
     def finish(self) -> None:
         """The last line; always one."""
         self._say(self._counts())
+
+    def _show(self) -> None:
+        """The live line, cut to the terminal: one that goes on in the next row could not be taken back."""
+        if self._live:
+            self._stream.write(f"\r\x1b[K{self._line()[: columns(self._stream) - 1]}")
+            self._stream.flush()
 
     def _say(self, line: str) -> None:
         self._stream.write(f"\r\x1b[K{line}\n" if self._live else f"{line}\n")
@@ -75,3 +82,11 @@ class Progress:
         bar = "#" * round(done * BAR_WIDTH)
         left_s = (self._source_bytes - self._read) * (time.monotonic() - self._start) / self._new_read
         return f"[{bar:<{BAR_WIDTH}}] {done:4.0%} {self._counts()}, {format_seconds(max(left_s, 0))} left"
+
+
+def columns(stream: TextIO) -> int:
+    """Width of the terminal behind `stream`; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80

@@ -132,11 +132,8 @@ class Rows:
         from nanogpt.prepare import arrow  # noqa: PLC0415  heavy, and only this needs it
 
         for row, value in enumerate(arrow.column_values(self, column), self.first_row):
-            yield (
-                value
-                if isinstance(value, Bad)
-                else usable(value, partial("{} row {:,}".format, self.name, row))
-            )
+            place = partial("{} row {:,}".format, self.name, row)
+            yield value if isinstance(value, Bad) else text_of(value, place)
 
 
 @dataclass(frozen=True)
@@ -156,10 +153,10 @@ def json_text(line: bytes, column: str, place: Callable[[], str]) -> Document:
         return text
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Bad("broken JSON", f"{place()} is not JSON ({error}), expected one object a line")
     if not isinstance(row, dict):
-        return Bad("broken JSON", f"{place()} holds a {type(row).__name__}, expected one JSON object a line")
+        return Bad("broken JSON", f"{place()} holds {kind_name(row)}, expected one JSON object a line")
     if column not in row:
         return missing_column(place(), list(row), column)
     return usable(row[column], place)
@@ -170,15 +167,47 @@ def decoded(raw: bytes, place: Callable[[], str]) -> Document:
     try:
         return usable(raw.decode("utf-8-sig"), place)
     except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        return Bad("undecodable bytes", f"{place()} has 0x{byte:02x} at byte {error.start:,}, expected UTF-8")
+        return undecodable(error, place)
+
+
+def text_of(value: Any, place: Callable[[], str]) -> Document:
+    """A value of a column; bytes are the text that they are in UTF-8."""
+    if not isinstance(value, bytes):
+        return usable(value, place)
+    try:
+        return usable(value.decode(), place)
+    except UnicodeDecodeError as error:
+        return undecodable(error, place)
+
+
+def undecodable(error: UnicodeDecodeError, place: Callable[[], str]) -> Bad:
+    at, byte = error.start, error.object[error.start]
+    return Bad("undecodable bytes", f"{place()} has 0x{byte:02x} at byte {at:,}, expected UTF-8")
 
 
 def usable(value: Any, place: Callable[[], str]) -> Document:
     """`value` where it is a text that is not empty."""
     if not isinstance(value, str):
-        return Bad("not a text", f"{place()} holds a {type(value).__name__}, expected a text")
+        return Bad("not a text", f"{place()} holds {kind_name(value)}, expected a text")
     return value or Bad("empty", f"{place()} is an empty document, expected at least one character")
+
+
+def kind_name(value: Any) -> str:
+    """What JSON and parquet call a value of this kind."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+    return f"a {type(value).__name__}"
 
 
 def missing_column(place: str, columns: list[str], column: str) -> Bad:
@@ -186,8 +215,8 @@ def missing_column(place: str, columns: list[str], column: str) -> Bad:
     return Bad("missing column", f"{place} has {found}, expected {column!r} (set --text-column)")
 
 
-def damaged(name: str, error: BaseException) -> Bad:
-    return Bad("damaged file", f"{name} is cut short or damaged ({error}), expected a complete file")
+def damaged(place: str, error: BaseException) -> Bad:
+    return Bad("damaged file", f"{place} is cut short or damaged ({error}), expected a complete file")
 
 
 def hub_unreachable(name: str, error: BaseException) -> UserError:

@@ -159,10 +159,12 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, Record]) -> Iterator[Record]:
     """A record for each shard, in order, from `workers` processes; those in `done` are taken as they are.
 
-    Raises UserError where a worker failed or died.
+    Processes that are still at work when the caller has had enough are ended. Raises UserError where a worker
+    failed or died.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanogpt.prepare.warm"])
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
     pending: deque[Record | Future[Record]] = deque()
     try:
@@ -172,12 +174,15 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
                 yield record_of(pending.popleft())
         while pending:
             yield record_of(pending.popleft())
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, EOFError, OSError, MemoryError) as error:  # the middle two: while one starts
         raise UserError(
             "a worker process was killed, perhaps for want of memory, expected it to finish; "
             "run the same command again with fewer --workers: it continues where it was"
         ) from error
     finally:
+        if pending:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
         pool.shutdown(cancel_futures=True)
 
 

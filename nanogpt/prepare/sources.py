@@ -86,12 +86,31 @@ class Source:
 
 def find_source(name: str, options: Options) -> Source:
     """The source called `name`. Raises UserError where there is none or its files are of no use."""
+    if options.separator is not None and (not options.separator or "\n" in options.separator):
+        raise UserError(
+            f"got --separator {options.separator!r}, expected one line that is not empty; "
+            "choose one, or leave the flag out for a document a file"
+        )
+    try:
+        return source_named(name, options)
+    except OSError as error:
+        raise source_gone(error) from error
+
+
+def source_named(name: str, options: Options) -> Source:
     if name == SHAKESPEARE:
         path = str(resources.files("nanogpt").joinpath("assets/shakespeare.txt"))
         return replace(single_text(path, None, options, TAIL_FRACTION), name=name, identity=SHAKESPEARE)
     if name == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise UserError("standard input is closed, expected text or JSON lines; pipe them in")
         return standard_input(cast(BufferedReader, sys.stdin.buffer), options)
     if name not in HUB_SHORTHANDS and Path(name).exists():
+        if not (Path(name).is_file() or Path(name).is_dir()):
+            raise UserError(
+                f"{name} is a pipe or a device, expected a file or a folder; "
+                f"pipe it in and name {STANDARD_INPUT}"
+            )
         return local_source(name, options)
     if name in HUB_SHORTHANDS or re.fullmatch(r"[\w-]+/[\w.-]+", name):
         return hub_source(name, options)
@@ -214,32 +233,58 @@ def json_ranges(path: Path) -> Iterator[tuple[Part, int]]:
 def file_blocks(path: Path, separator: str | None) -> Iterator[tuple[Part, int]]:
     """Blocks of a file that has to be read from its start, each with the bytes of the file that it took."""
     before = 0
-    with path.open("rb") as raw:
-        try:
-            with open_stream(raw, path.suffix) as stream:
-                for part in stream_blocks(stream, str(path), separator):
-                    yield part, raw.tell() - before
-                    before = raw.tell()
-        except DAMAGED as error:
-            yield Unreadable(damaged(str(path), error)), 0
+    with path.open("rb") as raw, open_stream(raw, path.suffix) as stream:
+        for part in stream_blocks(stream, str(path), separator):
+            yield part, raw.tell() - before
+            before = raw.tell()
 
 
 def stream_blocks(stream: BufferedIOBase, name: str, separator: str | None) -> Iterator[Part]:
-    """Blocks that end with a document: JSON lines, or text with a line `separator` between documents."""
-    sign = b"" if separator is None else separator.encode() + b"\n"
-    pieces: list[bytes] = []
-    first_line = 1
-    while piece := stream.read(BLOCK_BYTES):
+    """Blocks that end with a document: JSON lines, or text with a line `separator` between documents.
+
+    A damaged stream gives the complete documents before the damage, and then an `Unreadable`.
+    """
+    data, first_line, wanted, ended, damage = b"", 1, PART_BYTES, False, None
+    while not ended or data:
+        if not ended:
+            data, ended, damage = filled(stream, data, wanted)
+        last = ended and len(data) <= wanted
+        end = len(data) if last and damage is None else documents_end(data, wanted, separator)
+        if end:
+            yield stream_part(name, data[:end], separator, first_line)
+        first_line += data.count(b"\n", 0, end)
+        if last:
+            break
+        data = data[end:]
+        wanted = PART_BYTES if end else 2 * wanted  # a long document is not searched anew for each piece
+    if damage is not None:
+        yield Unreadable(damaged(f"{name} from line {first_line:,} on", damage))
+
+
+def filled(stream: BufferedIOBase, data: bytes, size: int) -> tuple[bytes, bool, Exception | None]:
+    """At least `size` bytes, `data` the first of them; whether the stream ended before; by what damage."""
+    pieces, damage = [data], None
+    have = len(data)
+    while have < size:
+        try:
+            piece = stream.read1(BLOCK_BYTES)
+        except DAMAGED as error:
+            piece, damage = b"", error
+        if not piece:
+            return b"".join(pieces), True, damage
         pieces.append(piece)
-        if sum(map(len, pieces)) >= PART_BYTES:
-            data = b"".join(pieces)
-            end = data.rfind(b"\n" + sign) + 1 + len(sign)
-            pieces = [data[end:]] if end > len(sign) else [data]
-            if end > len(sign):
-                yield stream_part(name, data[:end], separator, first_line)
-                first_line += data.count(b"\n", 0, end)
-    if data := b"".join(pieces):
-        yield stream_part(name, data, separator, first_line)
+        have += len(piece)
+    return b"".join(pieces), False, None
+
+
+def documents_end(data: bytes, size: int, separator: str | None) -> int:
+    """Where the last complete document in the first `size` bytes ends, with its separator; 0 without one.
+
+    So the parts do not depend on the pieces that a stream happens to come in.
+    """
+    ends = [b""] if separator is None else [separator.encode() + end for end in (b"\n", b"\r\n")]
+    found = [(data.rfind(b"\n" + end, 0, size), 1 + len(end)) for end in ends]
+    return max(place + length if place >= 0 else 0 for place, length in found)
 
 
 def stream_part(name: str, data: bytes, separator: str | None, first_line: int) -> Part:
