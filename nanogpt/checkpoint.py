@@ -7,6 +7,9 @@ name and renames at the end.
     12/metadata/   one JSON file: what a reader needs to know before it reads an array
     12/metrics/    one JSON file: the validation loss, where there is one
 
+Under torch.distributed each rank writes its own shards and reads its own parts; the folder looks the same to
+any reader, on any number of ranks, or none. Ranks share the file system.
+
 Reading executes nothing. Importing Orbax and jax takes seconds, so it happens with the first array (on its
 thread for a save, while training goes on); steps, metadata and losses are read without them.
 """
@@ -18,33 +21,39 @@ import math
 import os
 import shutil
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from torch import Tensor
 
 from nanogpt import tree
+from nanogpt.arrays import Arrays, Index, Part, to_array, to_tensor
 from nanogpt.errors import UserError
+from nanogpt.ranks import Ranks
 from nanogpt.tree import Tree
-
-Arrays = dict[str, np.ndarray]
-"""The leaves of a tree in host memory, by their paths."""
 
 _STATE, _METADATA, _METRICS = "state", "metadata", "metrics"
 _PARAMS = "params/"
+_STAGING = "shards-"
+_FOLDER_TIMEOUT_S = 30.0
+"""How long a network file system may take to show one machine the folder that another has made."""
 
 
 class Checkpointer:
     """The checkpoints of one run: the last `keep` and the one with the lowest validation loss, no others.
 
-    Saves run on a thread, one at a time. One process may save to a directory while any number read it. Call
-    `close` before the program ends: a save that is still running then is lost.
+    Saves run on a thread, one at a time. One run may save to a directory while any number of processes read.
+    Call `close` before the program ends: a save that is still running then is lost.
+
+    Under torch.distributed it is made after `init_process_group`, and each method is called on all ranks in
+    the same order: rank 0 decides which steps there are, and a failure on one rank is raised on all. Leaves
+    are DTensors, or plain tensors that are equal on all ranks; `metadata` and `val_loss` are those of rank 0.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2):
@@ -56,6 +65,7 @@ class Checkpointer:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._manager: Any = None
+        self._ranks, self._writers = Ranks(), Ranks()  # for the caller's thread, and for the worker
 
     def check(self, state: Tree) -> None:
         """Raise UserError if a run could not keep its checkpoints of `state` here; creates nothing.
@@ -63,53 +73,58 @@ class Checkpointer:
         To be called before a run starts. At most there are `keep`, the best, and the one being written.
         """
         to_come = max(1, self._keep + 2 - len(_finished_steps(self._directory)))
-        _require_room(self._directory, to_come * _nbytes(state))
+        self._ranks.agree(lambda: _require_room(self._directory, to_come * _nbytes(state)))
 
     def save(
         self, step: int, state: Tree, *, metadata: dict[str, Any], val_loss: float | None = None
     ) -> None:
         """Start to save; once it returns, `state` is copied to host memory and may be overwritten.
 
-        Waits for the save before, and raises what that one raised. `metadata` is anything that JSON can hold.
-        Raises UserError where the directory holds this or a later step, cannot be written, or is full.
+        A rank copies what it will write, its shards that no rank before it holds too; the writing goes on
+        while the caller computes and communicates. Waits for the save before, and raises what that one
+        raised. `metadata` is anything that JSON can hold. Raises UserError where the directory holds this or
+        a later step, cannot be written, or is full.
         """
         self.wait()
-        latest = self.latest()
-        if latest is not None and latest >= step:
-            raise UserError(
-                f"{self._directory} already holds a checkpoint of step {latest}, expected none from step "
-                f"{step} on; resume from step {latest} or save to another directory"
-            )
-        _require_room(self._directory, _nbytes(state))
+        self._ranks.agree(lambda: self._require_free(step, _nbytes(state)))
         metadata = json.loads(json.dumps(metadata))
         metrics = {"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None
-        arrays = {name: _to_array(leaf) for name, leaf in tree.paths(state).items()}
-        self._pending = self._worker.submit(self._write, step, arrays, metadata, metrics)
+        leaves = tree.paths(state)
+        if not self._ranks.joined:
+            arrays = {name: to_array(leaf) for name, leaf in leaves.items()}
+            self._pending = self._worker.submit(self._write, step, arrays, metadata, metrics)
+            return
+        parts = self._parts(leaves)
+        parts = {name: part for name, part in parts.items() if part.is_first and not part.is_empty}
+        shards = {name: to_array(_import_shards().local(leaves[name])) for name in parts}
+        self._pending = self._worker.submit(
+            self._write_shards, step, list(leaves), shards, parts, metadata, metrics
+        )
 
     def latest(self) -> int | None:
         """The newest finished step; None where there is none. Running and interrupted saves do not count."""
-        return max(_finished_steps(self._directory), default=None)
+        return self._ranks.decide(lambda: max(_finished_steps(self._directory), default=None))
 
     def best(self) -> int | None:
         """The finished step of lowest validation loss (of equals the newest); None where none has one."""
-        losses = {
-            step: _read_json(self._directory, step, _METRICS)["val_loss"]
-            for step in _finished_steps(self._directory)
-            if (self._directory / str(step) / _METRICS / _METRICS).exists()
-        }
-        return min(losses, key=lambda step: (losses[step], -step), default=None)
+        return self._ranks.decide(lambda: _best_step(self._directory))
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given. Raises UserError where there is no such step or its file is damaged."""
-        _require_step(self._directory, step)
-        return _read_json(self._directory, step, _METADATA)
+        return self._ranks.decide(lambda: _read_metadata(self._directory, step))
 
     def restore(self, step: int, like: Tree) -> Tree:
-        """The state saved at `step`, in the structure of `like` and on the devices of its leaves.
+        """The state saved at `step`, in the structure of `like`, on the meshes and devices of its leaves.
 
-        Names, shapes and dtypes are compared before an array is read. Raises UserError, naming the leaf, if
+        A leaf may be placed otherwise than it was saved; each rank reads its own part. Names, shapes (of
+        whole tensors) and dtypes are compared before an array is read. Raises UserError, naming the leaf, if
         one differs; also if there is no such step or its files are damaged.
         """
+        restored: list[Tree] = []  # what ranks agree on is sent around, which a state is too large for
+        self._ranks.agree(lambda: restored.append(self._restore(step, like)))
+        return restored[0]
+
+    def _restore(self, step: int, like: Tree) -> Tree:
         _require_step(self._directory, step)
         expected = tree.paths(like)
         if differences := tree.diff(_describe_arrays(self._directory, step), expected):
@@ -118,10 +133,18 @@ class Checkpointer:
                 f"{differences[0]} ({len(differences)} of {len(expected)} leaves differ); "
                 "use the config in its metadata, or another directory"
             )
-        arrays = _read_arrays(self._directory, step, list(expected))
-        return tree.unflatten(
-            like, [_to_tensor(arrays[name], leaf.device) for name, leaf in expected.items()]
-        )
+        if not self._ranks.joined:
+            arrays = _read_arrays(self._directory, step, dict.fromkeys(expected, ()))
+            restored = [to_tensor(arrays[name], leaf.device) for name, leaf in expected.items()]
+            return tree.unflatten(like, restored)
+        indices = {name: part.index for name, part in self._parts(expected).items()}
+        arrays = _read_arrays(self._directory, step, indices)
+        placed_like = _import_shards().placed_like
+        return tree.unflatten(like, [placed_like(leaf, arrays[name]) for name, leaf in expected.items()])
+
+    def _parts(self, leaves: dict[str, Tensor]) -> dict[str, Part]:
+        part_of = _import_shards().part_of
+        return {name: part_of(leaf, rank=self._ranks.rank) for name, leaf in leaves.items()}
 
     def wait(self) -> None:
         """Return when no save is running. Raises UserError, once, if the last one failed."""
@@ -129,6 +152,8 @@ class Checkpointer:
             return
         try:
             self._pending.result()
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             # It counts the failed step as saved; opening it anew for the next save also clears what is left.
             self._manager = None
@@ -146,14 +171,51 @@ class Checkpointer:
         finally:
             self._worker.shutdown()
 
+    def _require_free(self, step: int, need_bytes: int) -> None:
+        latest = max(_finished_steps(self._directory), default=None)
+        if latest is not None and latest >= step:
+            raise UserError(
+                f"{self._directory} already holds a checkpoint of step {latest}, expected none from step "
+                f"{step} on; resume from step {latest} or save to another directory"
+            )
+        _require_room(self._directory, need_bytes)
+
     def _write(
-        self, step: int, arrays: Arrays, metadata: dict[str, Any], metrics: dict[str, float] | None
+        self, step: int, state: dict[str, Any], metadata: dict[str, Any], metrics: dict[str, float] | None
     ) -> None:
-        ocp = _import_orbax()
+        edge = _import_edge()
         if self._manager is None:
-            self._manager = _open_manager(ocp, self._directory, self._keep)
-        items = {_STATE: ocp.args.PyTreeSave(arrays), _METADATA: ocp.args.JsonSave(metadata)}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+            self._manager = edge.open_manager(self._directory, self._keep)
+        edge.save(self._manager, step, state, metadata, metrics)
+
+    def _write_shards(
+        self,
+        step: int,
+        names: list[str],
+        shards: Arrays,
+        parts: dict[str, Part],
+        metadata: dict[str, Any],
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Runs on all ranks: each writes its shards, and when all have, rank 0 makes them a checkpoint."""
+        edge = _import_edge()
+        rank = self._writers.rank
+        staging = self._writers.decide(lambda: _make_staging(self._directory, step))
+
+        def write_own() -> list[Path]:
+            _await_folder(staging, rank)
+            return edge.write_shards(staging, rank, shards, parts)
+
+        def finish() -> None:
+            staged = edge.Staged(tuple(folder for rank_folders in folders for folder in rank_folders))
+            self._write(step, dict.fromkeys(names, staged), metadata, metrics)
+
+        try:
+            folders = self._writers.agree(write_own)
+            self._writers.decide(finish)
+        finally:
+            if rank == 0:
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_params(directory: Path, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,8 +227,8 @@ def load_params(directory: Path, step: int | None = None) -> tuple[dict[str, Ten
     step = max(_finished_steps(directory), default=0) if step is None else step
     _require_step(directory, step)
     names = [name for name in _describe_arrays(directory, step) if name.startswith(_PARAMS)]
-    arrays = _read_arrays(directory, step, names)
-    params = {name.removeprefix(_PARAMS): _to_tensor(arrays[name], torch.device("cpu")) for name in names}
+    arrays = _read_arrays(directory, step, dict.fromkeys(names, ()))
+    params = {name.removeprefix(_PARAMS): to_tensor(arrays[name], torch.device("cpu")) for name in names}
     return params, _read_json(directory, step, _METADATA)
 
 
@@ -175,6 +237,43 @@ def _finished_steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+
+
+def _best_step(directory: Path) -> int | None:
+    losses = {
+        step: _read_json(directory, step, _METRICS)["val_loss"]
+        for step in _finished_steps(directory)
+        if (directory / str(step) / _METRICS / _METRICS).exists()
+    }
+    return min(losses, key=lambda step: (losses[step], -step), default=None)
+
+
+def _read_metadata(directory: Path, step: int) -> dict[str, Any]:
+    _require_step(directory, step)
+    return _read_json(directory, step, _METADATA)
+
+
+def _make_staging(directory: Path, step: int) -> Path:
+    """A new folder for the shards of `step`; removes those of saves that were killed.
+
+    Its name is new each time: a process of a killed attempt that still writes cannot reach it.
+    """
+    for left in directory.glob(f"*.{_STAGING}*"):
+        shutil.rmtree(left)
+    staging = directory / f"{step}.{_STAGING}{uuid.uuid4().hex}"
+    staging.mkdir(parents=True)
+    return staging
+
+
+def _await_folder(folder: Path, rank: int) -> None:
+    """Return when this machine sees `folder`, which rank 0 has made, or raise FileNotFoundError."""
+    deadline = time.monotonic() + _FOLDER_TIMEOUT_S
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"rank {rank} does not see {folder}, which rank 0 has made: the machines do not share it"
+            )
+        time.sleep(0.1)
 
 
 def _require_step(directory: Path, step: int) -> None:
@@ -213,20 +312,15 @@ def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
 
 def _describe_arrays(directory: Path, step: int) -> dict[str, Any]:
     """Something with `.shape` and `.dtype` for each saved array, by name; reads no array."""
-    handler = _array_handler(_import_orbax())
+    edge = _import_edge()
     with _damage_reported(directory, step):
-        return handler.metadata(directory / str(step) / _STATE).tree
+        return edge.describe(directory / str(step) / _STATE)
 
 
-def _read_arrays(directory: Path, step: int, names: list[str]) -> Arrays:
-    ocp = _import_orbax()
-    wanted = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(names, 0),
-        restore_args=dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)),
-        partial_restore=True,
-    )
+def _read_arrays(directory: Path, step: int, indices: dict[str, Index]) -> Arrays:
+    edge = _import_edge()
     with _damage_reported(directory, step):
-        return _array_handler(ocp).restore(directory / str(step) / _STATE, args=wanted)
+        return edge.read(directory / str(step) / _STATE, indices)
 
 
 @contextmanager
@@ -244,63 +338,20 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _to_array(leaf: Tensor) -> np.ndarray:
-    """A copy in host memory that shares nothing with `leaf`."""
-    host = leaf.detach().to("cpu", copy=True).contiguous()
-    if host.dtype == torch.bfloat16:  # which numpy lacks: the same bits under a dtype that Orbax knows
-        return host.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return host.numpy()
+def _import_shards() -> Any:
+    from nanogpt import shards
 
-
-def _to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(array).to(device)
+    return shards
 
 
 @functools.cache
-def _import_orbax() -> Any:
-    """The package, imported now and made quiet: what matters arrives as an exception."""
+def _import_edge() -> Any:
+    """`nanogpt.orbax_edge`, imported now and made quiet: what matters arrives as an exception."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the GPU is torch's alone
-    import orbax.checkpoint as ocp
+    from nanogpt import orbax_edge
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # After one failed read or write Orbax closes its event loop; the others still report to it, from threads.
     report, noise = sys.unraisablehook, "Event loop is closed"
     sys.unraisablehook = lambda event: None if str(event.exc_value) == noise else report(event)
-    return ocp
-
-
-def _array_handler(ocp: Any) -> Any:
-    """Writes numpy arrays; reads them, and what several processes have written in shards as jax arrays."""
-    import jax
-
-    kinds = ocp.type_handlers
-    in_memory = kinds.NumpyHandler(deepcopy_host_arrays=False)  # `_to_array` has copied already
-    return ocp.PyTreeCheckpointHandler(
-        use_compression=False,  # it saves a tenth of the space for twice the time
-        restore_concurrent_gb=1,  # bounds the memory on top of the arrays themselves
-        type_handler_registry=kinds.create_type_handler_registry(
-            (np.ndarray, in_memory), (jax.Array, kinds.ArrayHandler())
-        ),
-    )
-
-
-def _open_manager(ocp: Any, directory: Path, keep: int) -> Any:
-    policies = ocp.checkpoint_managers
-    lowest = policies.BestN(
-        get_metric_fn=_val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handlers.add(_STATE, ocp.args.PyTreeSave, _array_handler(ocp))
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), lowest]),
-        best_fn=_val_loss,  # without it no metrics are written
-        cleanup_tmp_directories=True,  # what a killed save left behind
-        enable_async_checkpointing=False,  # the worker thread is that already, and hides the import too
-    )
-    return ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
-
-
-def _val_loss(metrics: dict[str, float]) -> float:
-    return metrics["val_loss"]
+    return orbax_edge

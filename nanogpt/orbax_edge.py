@@ -1,0 +1,164 @@
+"""What Orbax does for checkpoints: the files of arrays, written whole or by several processes, and retention.
+
+Importing this takes seconds (jax), so `checkpoint` does it when the first array is read or written.
+
+Processes do not meet in jax: `jax.distributed` can be started only once in a process, keeps a rank that reads
+alone waiting for the others, and aborts all when one dies. Instead each writes its shards to a folder of its
+own, in the format that Orbax has for a process; the one that has a CheckpointManager moves these folders into
+the checkpoint, where Orbax merges them. What results is an Orbax checkpoint like any other.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import future
+
+from nanogpt.arrays import Arrays, Index, Part
+
+STATE, METADATA, METRICS = "state", "metadata", "metrics"
+_kinds = ocp.type_handlers
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A leaf whose shards have been written, with those of all other leaves, to folders of processes."""
+
+    folders: tuple[Path, ...]
+
+
+@dataclass
+class PartRestoreArgs(ocp.RestoreArgs):
+    """Which part of an array to read."""
+
+    index: Index = ()
+
+
+class _Arrays(_kinds.NumpyHandler):
+    """Numpy arrays, of which parts can be read."""
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
+        assert args is not None
+        stores = await asyncio.gather(*(_open_to_read(info) for info in infos))
+        parts = (store[arg.index].read() for store, arg in zip(stores, args, strict=True))
+        return list(await asyncio.gather(*parts))
+
+
+class _StagedArrays(_kinds.NumpyHandler):
+    """Takes over what processes have written; to a reader these are numpy arrays."""
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> list[Any]:
+        return [future.CommitFutureAwaitingContractedSignals(self._take(values[0].folders, infos[0]))]
+
+    async def _take(self, folders: Sequence[Path], info: Any) -> None:
+        await info.await_path_creation()
+        for folder in folders:
+            folder.rename(Path(info.parent_dir) / folder.name)
+
+
+def array_handler() -> Any:
+    """Writes numpy arrays and takes over staged ones; reads them, and what jax wrote, whole or in part."""
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,  # it saves a tenth of the space for twice the time
+        restore_concurrent_gb=1,  # bounds the memory on top of the arrays themselves
+        type_handler_registry=_kinds.create_type_handler_registry(
+            (Staged, _StagedArrays()),
+            (np.ndarray, _Arrays(deepcopy_host_arrays=False)),  # the caller has copied already
+            (jax.Array, _kinds.ArrayHandler()),
+        ),
+    )
+
+
+def open_manager(directory: Path, keep: int) -> Any:
+    """Orbax's manager of the checkpoints in `directory`; removes what a killed save left behind."""
+    policies = ocp.checkpoint_managers
+    lowest = policies.BestN(
+        get_metric_fn=_val_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add(STATE, ocp.args.PyTreeSave, array_handler())
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), lowest]),
+        best_fn=_val_loss,  # without it no metrics are written
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,  # the caller's thread is that already, and hides the import too
+    )
+    return ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
+
+
+def save(
+    manager: Any,
+    step: int,
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+    metrics: dict[str, float] | None,
+) -> None:
+    """Write a checkpoint whose leaves are numpy arrays or Staged; returns when it has its name."""
+    items = {STATE: ocp.args.PyTreeSave(state), METADATA: ocp.args.JsonSave(metadata)}
+    manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Something with `.shape` and `.dtype` for each array in `folder`, by name; reads no array."""
+    return array_handler().metadata(folder).tree
+
+
+def read(folder: Path, indices: dict[str, Index]) -> Arrays:
+    """The named arrays in `folder`; of each the part at its index, and all of it where that is empty."""
+    wanted = ocp.args.PyTreeRestore(
+        item=dict.fromkeys(indices, 0),
+        restore_args={
+            name: PartRestoreArgs(restore_type=np.ndarray, index=index) for name, index in indices.items()
+        },
+        partial_restore=True,
+    )
+    return array_handler().restore(folder, args=wanted)
+
+
+def write_shards(folder: Path, process: int, shards: Arrays, parts: dict[str, Part]) -> list[Path]:
+    """Write `shards` for a process, each at its place in the whole array; the folders that this has made."""
+    context = _kinds.get_ts_context(use_ocdbt=True)
+
+    async def write(name: str, shard: np.ndarray, part: Part) -> None:
+        info = _kinds.ParamInfo(
+            name=name, parent_dir=epath.Path(folder), use_compression=False, ts_context=context
+        )
+        spec = _kinds.get_json_tspec_write(
+            info,
+            use_ocdbt=True,
+            global_shape=part.shape,
+            local_shape=part.chunk,
+            dtype=shard.dtype,
+            process_index=process,
+        )
+        store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
+        await store[part.index].write(shard, can_reference_source_data_indefinitely=True)
+
+    async def write_all() -> None:
+        await asyncio.gather(*(write(name, shard, parts[name]) for name, shard in shards.items()))
+
+    asyncio.run(write_all())
+    return [made for made in folder.iterdir() if made.name == f"ocdbt.process_{process}"]
+
+
+async def _open_to_read(info: Any) -> Any:
+    await info.await_path_creation()
+    spec = _kinds.get_json_tspec_read(
+        info,
+        use_ocdbt=info.is_ocdbt_checkpoint,
+        raise_array_data_missing_error=info.raise_array_data_missing_error,
+    )
+    return await ts.open(ts.Spec(spec), open=True, context=info.ts_context)
+
+
+def _val_loss(metrics: dict[str, float]) -> float:
+    return metrics["val_loss"]

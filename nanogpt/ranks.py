@@ -1,0 +1,78 @@
+"""The processes of a run, agreeing: on values, and on failures.
+
+A failure of one is raised on all, so none goes on alone or waits for a rank that has given up.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from nanogpt.errors import UserError
+
+TIMEOUT_S = 1800.0
+"""How long ranks wait for each other. One that has ended is noticed at once, one that hangs only by this."""
+
+T = TypeVar("T")
+
+
+class _Outcome(NamedTuple):
+    value: Any
+    failure: str | None
+    is_user_error: bool
+
+
+class Ranks:
+    """The ranks of torch.distributed in a gloo group of their own, or this process alone.
+
+    No other collective shares the group, so one thread may use it whatever the other threads do; each thread
+    needs its own. Every rank calls the same methods in the same order.
+    """
+
+    def __init__(self, *, timeout_s: float = TIMEOUT_S):
+        """To be called on all ranks, after `init_process_group`."""
+        self.joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.joined else 0
+        self.size = dist.get_world_size() if self.joined else 1
+        self._timeout_s = timeout_s
+        self._group: Any = None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def agree(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returned on each rank, by rank; it is run on all of them.
+
+        If it raised UserError, OSError or ValueError on some, the first of those is raised on all (an OSError
+        that names the rank, for the latter two). Raises UserError if a rank has ended or does not answer.
+        """
+        if self.size == 1:
+            return [action()]
+        error = None
+        try:
+            mine = _Outcome(action(), None, is_user_error=False)
+        except (OSError, ValueError) as caught:
+            error = caught
+            mine = _Outcome(None, str(caught).partition("\n")[0], isinstance(caught, UserError))
+        outcomes = self._exchange(mine)
+        for rank, outcome in enumerate(outcomes):
+            if outcome.failure is not None and outcome.is_user_error:
+                raise UserError(outcome.failure) from error
+            if outcome.failure is not None:
+                raise OSError(f"rank {rank}: {outcome.failure}") from error
+        return [outcome.value for outcome in outcomes]
+
+    def decide(self, action: Callable[[], T]) -> T:
+        """What `action` returned on rank 0, the only one to run it. Raises as `agree` does."""
+        return self.agree(action if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]
+
+    def _exchange(self, mine: _Outcome) -> list[_Outcome]:
+        outcomes: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(outcomes, mine, group=self._group)
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {self.rank} did not hear from all {self.size} ranks: one has ended, or hung for "
+                f"{self._timeout_s:,.0f} s; look at the end of each rank's log, and resume"
+            ) from error
+        return outcomes
