@@ -7,15 +7,17 @@ INSTALLED := .venv/.installed
 PYTHON_VERSION ?= >=3.11,<3.14
 TORCH_BACKEND ?=
 NGPUS ?= 1
+MAX_RESTARTS ?= 3
 GPUS ?= 0
 ARGS ?=
 # Handed to recipes through the environment, as typed: neither make nor a shell expands anything in them.
 override NGPUS := $(value NGPUS)
+override MAX_RESTARTS := $(value MAX_RESTARTS)
 override GPUS := $(value GPUS)
 override ARGS := $(value ARGS)
 override PYTHON_VERSION := $(value PYTHON_VERSION)
 override TORCH_BACKEND := $(value TORCH_BACKEND)
-export NGPUS GPUS ARGS PYTHON_VERSION TORCH_BACKEND
+export NGPUS MAX_RESTARTS GPUS ARGS PYTHON_VERSION TORCH_BACKEND
 
 # The uv on the PATH if it runs, else a private one.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
@@ -37,7 +39,7 @@ define as_pip_is_set
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help environment uv uvlock venv train shakespeare test lint format ddp-train gpu-status kill-gpu gpu-hot clean
+.PHONY: help environment uv uvlock venv train shakespeare test lint format ddp-train doctor gpu-status kill-gpu gpu-hot clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -66,8 +68,11 @@ format: environment ## sort imports, fix what can be fixed, and format
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
-ddp-train: environment ## train GPT-2 124M on several GPUs (NGPUS=8 ARGS='--data.path data/openwebtext')
+ddp-train: environment ## train GPT-2 124M on several GPUs (NGPUS=8 MAX_RESTARTS=3 ARGS='--data.path data/openwebtext')
 	@$(PYTHON) experiments/launch/gpus.py ddp-train
+
+doctor: environment ## look at this machine before a run does (ARGS='--data-path data/openwebtext')
+	@$(PYTHON) experiments/launch/gpus.py doctor
 
 gpu-status: ## show each GPU's memory and use, and who computes on it
 	@python3 experiments/launch/gpus.py status

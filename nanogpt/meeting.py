@@ -74,7 +74,7 @@ def meet(world: World, *, timeout_s: float) -> Store:
         timeout=timedelta(seconds=timeout_s),
     )
     try:
-        # In a thread: its timeout does not cover a program of another kind that listens there and says nothing.
+        # In a thread: its timeout does not cover another program that listens there and says nothing.
         store = ThreadPoolExecutor(1).submit(connect).result(max(deadline - time.monotonic(), LATER_S))
     except (dist.DistError, ValueError, TimeoutError) as error:
         if not is_host:

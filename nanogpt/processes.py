@@ -422,7 +422,8 @@ class Team:
         self._is_ending.acquire()  # for good: of the main and the watching thread one ends the process
         self._ended.set()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGQUIT):  # what torchrun sends to those still there
+                signal.signal(number, signal.SIG_IGN)
         world, sentence = self.world, ending.sentence
         speaker = world.rank - world.local_rank  # where nobody met, the first rank of each machine speaks
         with contextlib.suppress(dist.DistError):

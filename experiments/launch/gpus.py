@@ -1,6 +1,6 @@
 """What the Makefile's GPU targets do. `status` and `kill` run without the project's environment.
 
-NGPUS, GPUS and ARGS come through the environment, so that no shell reads what was typed in them.
+NGPUS, MAX_RESTARTS, GPUS and ARGS come through the environment, so that no shell reads what was typed there.
 Exit status 0: done. 2: it cannot be done here, and one sentence says why.
 """
 
@@ -108,8 +108,19 @@ def ddp_train() -> NoReturn:
             f"NGPUS is {wanted}, and {available} {'is' if available == 1 else 'are'} visible here; "
             f"set NGPUS={available} or less"
         )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={wanted}"]
-    os.execv(sys.executable, [*launcher, "-m", "experiments.gpt2_124m", *arguments])
+    restarts = os.environ.get("MAX_RESTARTS") or "3"
+    if not restarts.isdecimal():
+        fail(f"MAX_RESTARTS is {restarts!r}, expected a number from 0")
+    # torchrun would give each process one thread. --standalone takes a free port.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(wanted))))
+    launcher = [sys.executable, "-m", "experiments.launch.torchrun", "--standalone"]
+    flags = [f"--nproc-per-node={wanted}", f"--max-restarts={restarts}", "-m", "experiments.gpt2_124m"]
+    os.execv(sys.executable, [*launcher, *flags, *arguments])
+
+
+def doctor() -> NoReturn:
+    """Become nanogpt.doctor with the flags in ARGS."""
+    os.execv(sys.executable, [sys.executable, "-m", "nanogpt.doctor", *split(os.environ["ARGS"])])
 
 
 def split(text: str) -> list[str]:
@@ -178,4 +189,4 @@ def fail(sentence: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    {"status": status, "kill": kill, "hot": hot, "ddp-train": ddp_train}[sys.argv[1]]()
+    {"status": status, "kill": kill, "hot": hot, "ddp-train": ddp_train, "doctor": doctor}[sys.argv[1]]()

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# A run on two machines: started on both, in either order, with the same code, flags and run directory.
+set -euo pipefail
+
+usage() {
+    cat <<USAGE
+usage: two_nodes.sh head|other ADDRESS [MODULE [FLAG...]]
+
+Start it on both machines: as head on the one that has ADDRESS, as other on the second one.
+MODULE is experiments.gpt2_124m where none is given; FLAGs are its flags. Checkpoints need a run directory that
+both machines see. Which machine has rank 0, whose output is on the terminal, torchrun decides.
+
+  first:   experiments/launch/two_nodes.sh head  10.0.0.1 experiments.gpt2_124m --data.path data/openwebtext
+  second:  experiments/launch/two_nodes.sh other 10.0.0.1 experiments.gpt2_124m --data.path data/openwebtext
+  check:   the same with nanogpt.doctor
+
+environment: NGPUS          processes on this machine (default: its GPUs, or 1)
+             PORT           where ADDRESS listens (default: 29500)
+             JOIN_TIMEOUT   seconds to wait for the other machine (default: 600)
+             MAX_RESTARTS   how often to start again from the last checkpoint (default: 3)
+             LOCAL_ADDRESS  this machine as the other one can reach it (default: ADDRESS on head, else its name)
+             PYTHON         (default: .venv/bin/python)
+USAGE
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    head) is_host=1 ;;
+    other) is_host=0 ;;
+    *) usage >&2; fail "the first argument is '${1:-}', expected head or other" ;;
+esac
+[ -n "${2:-}" ] || fail "no address was given, expected the one of the head machine; two_nodes.sh $1 ADDRESS"
+role=$1 address=$2
+shift 2
+[ $# -gt 0 ] || set -- experiments.gpt2_124m
+
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || fail "no Python at $python; run make environment, or set PYTHON"
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+processes=${NGPUS:-$((gpus > 0 ? gpus : 1))}
+for setting in "NGPUS=$processes" "PORT=${PORT:-29500}" "JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}" "MAX_RESTARTS=${MAX_RESTARTS:-3}"; do
+    [[ ${setting#*=} =~ ^[0-9]{1,5}$ ]] || fail "${setting%%=*} is '${setting#*=}', expected a number"
+done
+[ "$role" = head ] && local_address=${LOCAL_ADDRESS:-$address} || local_address=${LOCAL_ADDRESS:-}
+
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+# is_host is said, since torchrun finds it by the machine's name, which an address behind a second network
+# card does not have; and told so, it says that a port is taken instead of waiting at it.
+exec "$python" -m experiments.launch.torchrun \
+    --nnodes=2 --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-3}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$address:${PORT:-29500}" --rdzv-id="nanogpt-${PORT:-29500}" \
+    --rdzv-conf="is_host=$is_host,join_timeout=${JOIN_TIMEOUT:-600}" \
+    ${local_address:+--local-addr="$local_address"} -m "$@"
