@@ -39,6 +39,7 @@ from nanogpt.prepare.progress import Progress
 from nanogpt.prepare.readers import Document, open_stream
 from nanogpt.prepare.shards import Record
 from nanogpt.tokenizer import characters, gpt2
+from nanogpt.units import format_seconds
 
 FRACTION, SEED = 0.01, 7
 SMALL_PARTS = 20_000
@@ -237,7 +238,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_files(documents, tmp_
     documents = documents * 3
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     arguments = (source, "--out", tmp_path / "out", "--val-fraction", FRACTION, "--split-seed", SEED)
-    journal = tmp_path / "out" / ".prepare" / "records.jsonl"
+    journal = journal_of(tmp_path / "out")
     draw = random.Random(0)
     finished: list[int] = []
     for _ in range(2):
@@ -253,11 +254,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_files(documents, tmp_
     assert prepared(source, tmp_path / "out") == plain_loop(documents)
 
 
-def test_ctrl_c_ends_a_run_at_once_and_leaves_no_process(documents, tmp_path):
+@pytest.mark.parametrize("moment", ["start", "middle"])
+def test_ctrl_c_ends_a_run_at_once_and_leaves_no_process(moment: str, documents, tmp_path):
     source = write_json_lines(tmp_path / "a.jsonl", documents * 30)
     process = started(source, "--out", tmp_path / "out", "--engine", "tiktoken", start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and lines_in(tmp_path / "out" / ".prepare" / "records.jsonl") < 2:
+    while process.poll() is None and moment == "start" and not servers_of(process):
+        time.sleep(0.002)
+    while process.poll() is None and moment == "middle" and lines_in(journal_of(tmp_path / "out")) < 2:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -285,10 +288,9 @@ def processes_of_session(session: int) -> list[int]:
 def test_a_server_of_workers_that_is_killed_is_one_sentence(documents, tmp_path):
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     process = started(source, "--out", tmp_path / "out", "--engine", "tiktoken", start_new_session=True)
-    servers: list[int] = []
-    while process.poll() is None and not servers:
-        servers = [pid for pid in processes_of_session(process.pid) if "forkserver" in command_line(pid)]
-    os.kill(servers[0], signal.SIGKILL)
+    while process.poll() is None and not servers_of(process):
+        time.sleep(0.002)
+    os.kill(servers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.splitlines()[-1].startswith(
@@ -297,10 +299,18 @@ def test_a_server_of_workers_that_is_killed_is_one_sentence(documents, tmp_path)
     assert "Traceback" not in errors
 
 
+def servers_of(process: subprocess.Popen[str]) -> list[int]:
+    return [pid for pid in processes_of_session(process.pid) if "forkserver" in command_line(pid)]
+
+
 def command_line(pid: int) -> str:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/cmdline").read_text()
     return ""
+
+
+def journal_of(out: Path) -> Path:
+    return out / ".prepare" / "records.jsonl"
 
 
 def lines_in(path: Path) -> int:
@@ -339,7 +349,7 @@ def test_a_restart_makes_what_is_missing_or_damaged_and_nothing_else(broken_at_t
 
 
 def test_documents_that_are_bad_can_be_skipped_after_all(broken_at_the_end, documents, tmp_path):
-    with (tmp_path / "out" / ".prepare" / "records.jsonl").open("a") as file:
+    with journal_of(tmp_path / "out").open("a") as file:
         file.write("no record\n")
     assert prepared(broken_at_the_end, tmp_path / "out", "--skip-bad") == plain_loop(documents)
     assert read_manifest(tmp_path / "out").skipped == {"broken JSON": 1}
@@ -538,7 +548,7 @@ def test_a_disk_that_fills_ends_the_run_with_what_was_finished_kept(documents, t
 def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, capsys, monkeypatch):
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    assert "has 0.0 GB free, expected about" in error_of(capsys, source, "--out", tmp_path / "out")
+    assert "has 0 bytes free, expected about" in error_of(capsys, source, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -699,6 +709,15 @@ def edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
             "with the hash 1, expected",
         ),
         (lambda folder: edit_manifest(folder, lambda m: m.pop("tokens")), "is not a manifest of version 1"),
+        (
+            lambda folder: edit_manifest(folder, lambda m: m.update(tokens={"train": 1})),
+            "is not a manifest of version 1",
+        ),
+        (lambda folder: edit_manifest(folder, lambda m: m.update(sha256={})), "is not a manifest of version"),
+        (
+            lambda folder: edit_manifest(folder, lambda m: m.update(vocab_size="9")),
+            "is not a manifest of ver",
+        ),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, expected a folder that"),
     ],
@@ -720,6 +739,13 @@ def test_inspect_shows_counts_lengths_and_documents(documents, tmp_path, capsys)
     assert f"{tmp_path / 'out'}: {tmp_path / 'a.jsonl'}, gpt2, 50,257 ids" in shown
     assert f"100 %: {lengths[-1]:,}" in shown
     assert "First Citizen:\\nBefore we proceed" in shown
+
+
+def test_a_reader_who_has_seen_enough_ends_inspect_without_a_traceback(tmp_path):
+    ensure_bundled()
+    command = f"exec 3>&1; {sys.executable} -m nanogpt.prepare inspect {ensure_bundled()} 2>&3 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(documents, tmp_path, capsys):
@@ -751,6 +777,23 @@ def test_the_live_line_is_no_longer_than_the_terminal(width: int):
     assert len(lines) == 2
     assert all(len(line) < width for line in lines)
     assert "[############            ]  50%"[: width - 1] in lines[1]
+
+
+def test_the_time_for_openwebtext_is_told_once_from_the_rate_after_the_first_record(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Progress(None, engine="tiktoken", kept={})
+    for index, now in enumerate((100.0, 101.0, 104.0, 105.0)):
+        progress.add(
+            Record(
+                index=index, documents=1, tokens=10**6, characters=1, source_bytes=1, sha256="", skipped={}
+            )
+        )
+    said = capsys.readouterr().err
+    # 2 M tokens in the 4 s after the first record; the 100 s before it were no work
+    whole = format_seconds((9_035_582_198 + 4_434_897) / 0.5e6)
+    assert f"at this rate all of OpenWebText would take {whole}\n" in said
+    assert said.count("OpenWebText") == 1
 
 
 def test_a_data_set_of_the_hub_without_a_network_is_one_sentence(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,26 +27,25 @@ files; which of them validate is drawn as `train_test_split` of `datasets` does 
   python -m nanogpt.prepare verify data/openwebtext
   python -m nanogpt.prepare inspect data/openwebtext
 """
+LOOKS = {
+    "verify": "Check everything that the manifest says about a folder.",
+    "inspect": "Print counts, document lengths and a few documents of a folder.",
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run the command line; the exit status."""
     command, *rest = arguments or [""]
     try:
-        if command == "verify":
-            folder = folder_argument(
-                "verify", "Check everything that the manifest says about a folder.", rest
-            )
-            report(folder, verify(folder), "everything is as its manifest says")
-        elif command == "inspect":
-            show(
-                folder_argument(
-                    "inspect", "Print counts, document lengths and a few documents of a folder.", rest
-                )
-            )
+        if command in LOOKS:
+            look(command, folder_argument(command, LOOKS[command], rest))
         else:
             config = parse(arguments)
             report(config.out, prepare(config), "ready")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -168,6 +168,21 @@ def folder_argument(command: str, description: str, arguments: list[str]) -> Pat
     parser = Parser(prog=f"python -m nanogpt.prepare {command}", description=description, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that prepare wrote")
     return parser.parse(arguments)["folder"]
+
+
+def look(command: str, folder: Path) -> None:
+    """Verify or inspect `folder`, and print what is found."""
+    try:
+        if command == "verify":
+            report(folder, verify(folder), "everything is as its manifest says")
+        else:
+            show(folder)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot read {folder} ({error}), expected files that can be read; see to their permissions"
+        ) from error
 
 
 def report(folder: Path, manifest: Manifest, word: str) -> None:

@@ -39,6 +39,7 @@ from nanogpt.prepare.readers import Bad
 from nanogpt.prepare.shards import Job, Record, encode_all, read_shard, readable
 from nanogpt.prepare.sources import SPLIT_FRACTION, SPLIT_SEED, Options, Source, find_source
 from nanogpt.tokenizer import Tokenizer, characters, gpt2
+from nanogpt.units import format_bytes
 
 BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
 """Of English text; for the check of disk space."""
@@ -229,7 +230,7 @@ def check_disk(config: PrepareConfig, source: Source) -> None:
     free = shutil.disk_usage(existing).free + folder_bytes(config.out / FOLDER_NAME)
     if free < needed:
         raise UserError(
-            f"{existing} has {free / 1e9:,.1f} GB free, expected about {needed / 1e9:,.1f} GB, of which half "
+            f"{existing} has {format_bytes(free)} free, expected about {format_bytes(needed)}, of which half "
             "is needed only while it works; free some, set --limit, or choose another --out"
         )
 

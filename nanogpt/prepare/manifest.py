@@ -63,12 +63,28 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it and prepare the data again") from error
     names = {field.name for field in dataclasses.fields(Manifest)}
-    if not isinstance(fields, dict) or set(fields) != names or fields["version"] != MANIFEST_VERSION:
+    if not isinstance(fields, dict) or set(fields) != names or not has_expected_kinds(fields):
         raise UserError(
             f"{path} is not a manifest of version {MANIFEST_VERSION} with the fields "
             f"{', '.join(sorted(names))}; prepare the data again with this version"
         )
     return Manifest(**fields)
+
+
+def has_expected_kinds(fields: dict[str, Any]) -> bool:
+    """Whether the values of a manifest are what the rest of the program takes them for."""
+    kinds = {"source": str, "revision": str | None, "vocab_size": int, "max_token_id": int, "settings": dict}
+    counts = [fields[key] for key in ("documents", "tokens", "skipped")]
+    return (
+        fields["version"] == MANIFEST_VERSION
+        and all(isinstance(fields[key], kind) for key, kind in kinds.items())
+        and all(isinstance(d, dict) and all(isinstance(n, int) for n in d.values()) for d in counts)
+        and all(set(d) == set(SPLITS) for d in counts[:2])
+        and isinstance(fields["sha256"], dict)
+        and set(fields["sha256"]) == set(map(file_name, SPLITS))
+        and isinstance(fields["tokenizer"], dict)
+        and "name" in fields["tokenizer"]
+    )
 
 
 def has_expected_sizes(folder: Path, manifest: Manifest) -> bool:

@@ -29,6 +29,7 @@ class Progress:
         self._documents = self._tokens = self._read = 0
         self._new_tokens = self._new_characters = self._new_read = 0
         self._estimated = False
+        self._steady: tuple[float, int] | None = None  # when the first new tokens were there, and how many
         self._show()
 
     def add(self, record: Record) -> None:
@@ -40,14 +41,23 @@ class Progress:
             self._new_characters += record.characters
             self._new_read += record.source_bytes
         now = time.monotonic()
-        if not self._estimated and now - self._start >= ESTIMATE_AFTER_S and self._new_tokens:
-            whole = format_seconds(OPENWEBTEXT_TOKENS / self._rate())
-            self._say(f"at this rate all of OpenWebText would take {whole}")
-            self._estimated = True
+        self._estimate(now)
         if self._live:
             self._show()
         elif now - self._last_line >= PLAIN_LINE_EVERY_S:
             self._say(self._line())
+
+    def _estimate(self, now: float) -> None:
+        """Once: the time for OpenWebText, from what came after the first record, so without the start."""
+        if self._steady is None and self._new_tokens:
+            self._steady = (now, self._new_tokens)
+        if self._estimated or self._steady is None:
+            return
+        seconds, tokens = now - self._steady[0], self._new_tokens - self._steady[1]
+        if seconds >= ESTIMATE_AFTER_S and tokens:
+            whole = format_seconds(OPENWEBTEXT_TOKENS * seconds / tokens)
+            self._say(f"at this rate all of OpenWebText would take {whole}")
+            self._estimated = True
 
     def finish(self) -> None:
         """The last line; always one."""
@@ -70,10 +80,11 @@ class Progress:
 
     def _counts(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        return (
-            f"{self._documents:,} documents, {self._tokens / 1e6:,.1f} M tokens, {self._engine} "
-            f"{self._rate() / 1e6:.1f} M tokens/s, {self._new_characters / seconds / 1e6:.0f} MB/s"
-        )
+        counts = f"{self._documents:,} documents, {self._tokens / 1e6:,.1f} M tokens, {self._engine}"
+        if not self._new_tokens:
+            return counts
+        rates = f"{self._rate() / 1e6:.1f} M tokens/s, {self._new_characters / seconds / 1e6:.0f} MB/s"
+        return f"{counts} {rates}"
 
     def _line(self) -> str:
         if not self._source_bytes or not self._new_read:

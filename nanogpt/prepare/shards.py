@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,7 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nanogpt.prepare.warm"])
+    start_server()
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
     pending: deque[Record | Future[Record]] = deque()
@@ -184,6 +186,16 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def start_server() -> None:
+    """Start the process that workers are forked from, deaf to Ctrl-C from its first instruction on."""
+    resource_tracker.ensure_running()  # first, because it ends by letting Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def record_of(result: Record | Future[Record]) -> Record:
