@@ -98,7 +98,7 @@ def main() -> None:
             found += all_reduce_findings(team, device_type)
         if team.world.rank == 0:
             print(table(found), flush=True)
-        sys.exit(max(STATUS[finding.level] for finding in found))
+        sys.exit(status_of(found))
 
 
 def preflight(team: Team, device_type: str, run_dir: Path) -> list[Finding]:
@@ -110,6 +110,10 @@ def preflight(team: Team, device_type: str, run_dir: Path) -> list[Finding]:
     found = findings(gather(team, run_dir))
     team.small_all_reduce(device_type)
     return [finding for finding in found if finding.level != "ok"]
+
+
+def status_of(found: Sequence[Finding]) -> int:
+    return max((STATUS[finding.level] for finding in found), default=0)
 
 
 def table(found: Sequence[Finding]) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn, Self, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,7 @@ class Team:
         self._terminal = 2
         self._log: Path | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Team":
         if self.world.size > 1:
             try:
                 self._store = meet(self.world, timeout_s=self._timeout_s)

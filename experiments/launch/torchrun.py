@@ -1,8 +1,8 @@
 """torchrun, ending in a status that says how the ranks ended, and in a sentence instead of a traceback.
 
 Takes torchrun's flags: --standalone --nproc-per-node=8 -m experiments.gpt2_124m
-Exit status: 0 done. 2 a mistake of the user, which is not tried again. 128 + N ended by signal N. Else that of
-the first rank that failed, restarts used up.
+Exit status: 0 done. 2 a mistake of the user, which is not tried again. 128 + N ended by signal N. Else that
+of the first rank that failed, restarts used up.
 """
 
 import os
