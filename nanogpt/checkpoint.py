@@ -147,13 +147,14 @@ class Checkpointer:
         return {name: part_of(leaf, rank=self._ranks.rank) for name, leaf in leaves.items()}
 
     def wait(self) -> None:
-        """Return when no save is running. Raises UserError, once, if the last one failed."""
+        """Return when no save is running. Raises UserError, once, if the last one failed.
+
+        Raises RuntimeError if it failed because a rank has ended.
+        """
         if self._pending is None:
             return
         try:
             self._pending.result()
-        except UserError:
-            raise
         except (OSError, ValueError) as error:
             # It counts the failed step as saved; opening it anew for the next save also clears what is left.
             self._manager = None

@@ -24,6 +24,8 @@ from orbax.checkpoint import future
 from nanogpt.arrays import Arrays, Index, Part
 
 STATE, METADATA, METRICS = "state", "metadata", "metrics"
+_READS_AT_ONCE = 8
+"""Bounds the memory: where a part is wanted, all of the shards that it lies in are read."""
 _kinds = ocp.type_handlers
 
 
@@ -46,9 +48,16 @@ class _Arrays(_kinds.NumpyHandler):
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
         assert args is not None
-        stores = await asyncio.gather(*(_open_to_read(info) for info in infos))
-        parts = (store[arg.index].read() for store, arg in zip(stores, args, strict=True))
-        return list(await asyncio.gather(*parts))
+        slots = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def read(info: Any, index: Index) -> np.ndarray:
+            async with slots:
+                store = await _open_to_read(info)
+                return await store[index].read()
+
+        return list(
+            await asyncio.gather(*(read(info, arg.index) for info, arg in zip(infos, args, strict=True)))
+        )
 
 
 class _StagedArrays(_kinds.NumpyHandler):
@@ -69,7 +78,6 @@ def array_handler() -> Any:
     """Writes numpy arrays and takes over staged ones; reads them, and what jax wrote, whole or in part."""
     return ocp.PyTreeCheckpointHandler(
         use_compression=False,  # it saves a tenth of the space for twice the time
-        restore_concurrent_gb=1,  # bounds the memory on top of the arrays themselves
         type_handler_registry=_kinds.create_type_handler_registry(
             (Staged, _StagedArrays()),
             (np.ndarray, _Arrays(deepcopy_host_arrays=False)),  # the caller has copied already

@@ -44,7 +44,8 @@ class Ranks:
         """What `action` returned on each rank, by rank; it is run on all of them.
 
         If it raised UserError, OSError or ValueError on some, the first of those is raised on all (an OSError
-        that names the rank, for the latter two). Raises UserError if a rank has ended or does not answer.
+        that names the rank, for the latter two). Raises RuntimeError, as torch's collectives do, if a rank
+        has ended or does not answer: no mistake of the user, and a restart may help.
         """
         if self.size == 1:
             return [action()]
@@ -71,8 +72,8 @@ class Ranks:
         try:
             dist.all_gather_object(outcomes, mine, group=self._group)
         except RuntimeError as error:
-            raise UserError(
+            raise RuntimeError(
                 f"rank {self.rank} did not hear from all {self.size} ranks: one has ended, or hung for "
-                f"{self._timeout_s:,.0f} s; look at the end of each rank's log, and resume"
+                f"{self._timeout_s:,.0f} s; look at the end of each rank's log, and resume (gloo: {error})"
             ) from error
         return outcomes

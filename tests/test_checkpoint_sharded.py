@@ -34,6 +34,7 @@ from nanogpt.ranks import Ranks
 MESHES = {2: (2,), 3: (3,), 4: (4,), 5: (2, 2), 6: (1,)}
 """The mesh that saved each step; step 1 is saved by a process that knows nothing of ranks."""
 JOB_TIMEOUT_S = 100
+PRELOADED = ["torch.distributed.fsdp", "torch._dynamo", "nanogpt.orbax_edge", __name__]
 
 
 class State(NamedTuple):
@@ -80,10 +81,10 @@ def steps_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def refusal(action: Callable[[], object]) -> str:
+def refusal(action: Callable[[], object], kind: type[Exception] = UserError) -> str:
     try:
         action()
-    except UserError as error:
+    except kind as error:
         return str(error)
     return "nothing was raised"
 
@@ -115,7 +116,7 @@ class Pool:
         self._folder, self._jobs = folder, 0
         self._workers: dict[int, tuple[Any, Connection]] = {}
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch.distributed.fsdp", "nanogpt.orbax_edge", __name__])
+        self._context.set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()  # it imports while this process does, too
 
     def run(self, size: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -382,15 +383,15 @@ def test_every_rank_gets_the_sentence(pool: Pool, relayed: Relay) -> None:
 def fall_silent() -> str:
     """Rank 0 waits for a rank that computes something else."""
     ranks = Ranks(timeout_s=1)
-    sentence = refusal(lambda: ranks.agree(lambda: None)) if dist.get_rank() == 0 else ""
+    sentence = "" if dist.get_rank() else refusal(lambda: ranks.agree(lambda: None), RuntimeError)
     dist.barrier()
     return sentence
 
 
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(pool: Pool) -> None:
-    assert pool.run(2, fall_silent)[0] == (
+    assert pool.run(2, fall_silent)[0].startswith(
         "rank 0 did not hear from all 2 ranks: one has ended, or hung for 1 s; look at the end of each "
-        "rank's log, and resume"
+        "rank's log, and resume (gloo: "
     )
 
 
@@ -415,7 +416,7 @@ def save_and_die(victim: int, directory: Path) -> tuple[str, bool]:
         sys.addaudithook(die)
     checkpointer.save(2, sharded(make_state(2), (3,)), metadata={})
     start = time.monotonic()
-    sentence = refusal(checkpointer.close)
+    sentence = refusal(checkpointer.close, RuntimeError)
     return sentence, time.monotonic() - start < 30
 
 
