@@ -1,12 +1,17 @@
 """Cross-entropy of the next token, in chunks: the logits of a long batch never all exist in fp32."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import grad_and_value
 
 DEFAULT_CHUNK_TOKENS = 1024
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+"""`chunk_loss_and_grads` or that function compiled."""
 
 
 def next_token_loss(
@@ -26,14 +31,17 @@ def head_loss(
     *,
     vocab_size: int,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk: Callable[..., Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Summed loss of `features @ head.T` in nats, no gradients, one chunk's logits in memory at a time.
 
-    Targets of -100 are left out, so that a last batch can be filled up with them.
+    Targets of -100 are left out, so that a last batch can be filled up with them. `chunk` is `chunk_loss`,
+    compiled perhaps.
     """
     rows, ids = features.flatten(0, 1), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
-    return torch.stack([_chunk_loss(row, head, target, vocab_size) for row, target in chunks]).sum()
+    losses = [(chunk or chunk_loss)(row, head, target, vocab_size) for row, target in chunks]
+    return torch.stack(losses).sum()
 
 
 def head_loss_and_grads(
@@ -44,28 +52,88 @@ def head_loss_and_grads(
     vocab_size: int,
     scale: float | Float[Tensor, ""] = 1.0,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    chunk: ChunkLoss | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T C"], Float[Tensor, "P C"]]:
     """The mean loss and the gradients of scale * loss by features and, in fp32, by head.
 
     A chunk's logits are made, differentiated and forgotten before the next chunk's: nothing of size [B T V]
-    is saved for a backward pass and nothing is computed twice.
+    is saved for a backward pass and nothing is computed twice. `chunk` is `chunk_loss_and_grads`, compiled
+    perhaps.
     """
     rows, ids = features.flatten(0, 1), targets.flatten()
-    weight = scale / ids.numel()
-
-    def scaled(row: Tensor, head: Tensor, target: Tensor) -> Float[Tensor, ""]:
-        return _chunk_loss(row, head, target, vocab_size) * weight
-
+    weight = torch.as_tensor(scale / ids.numel(), dtype=torch.float32, device=features.device)
     losses, row_grads, head_grad = [], [], torch.zeros(head.shape, device=head.device)
     for row, target in zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True):
-        (row_grad, chunk_head_grad), loss = grad_and_value(scaled, argnums=(0, 1))(row, head, target)
+        loss, row_grad, head_grad = (chunk or chunk_loss_and_grads)(
+            row, head, target, weight, head_grad, vocab_size
+        )
         losses.append(loss)
         row_grads.append(row_grad)
-        head_grad = head_grad + chunk_head_grad
-    return torch.stack(losses).sum() / scale, torch.cat(row_grads).view(features.shape), head_grad
+    return torch.stack(losses).sum() / ids.numel(), torch.cat(row_grads).view(features.shape), head_grad
 
 
-def _chunk_loss(
+def chunk_loss_and_grads(
+    row: Float[Tensor, "N C"],
+    head: Float[Tensor, "P C"],
+    target: Int[Tensor, "N"],
+    weight: Float[Tensor, ""],
+    head_grad: Float[Tensor, "P C"],
+    vocab_size: int,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N C"], Float[Tensor, "P C"]]:
+    """Summed loss of N tokens, the gradient of weight * loss by `row`, and `head_grad` with its own added.
+
+    Written out, since it is short: the gradient of a cross-entropy by the logits is softmax less one-hot.
+    Padded columns get logits of -inf, so they take no probability and their gradient is 0.
+    """
+    columns = torch.arange(head.shape[0], device=head.device)
+    logits = F.linear(row, head).float().masked_fill(columns >= vocab_size, -torch.inf)
+    log_total = logits.logsumexp(-1, keepdim=True)
+    loss = (log_total - logits.gather(1, target[:, None])).sum()
+    logits_grad = ((logits - log_total).exp() - (columns == target[:, None]).float()) * weight
+    logits_grad = logits_grad.to(row.dtype)
+    return loss, logits_grad @ head, head_grad.add_(logits_grad.t() @ row)
+
+
+class HeadLoss(torch.autograd.Function):
+    """`head_loss_and_grads` as a differentiable function of features and token embedding.
+
+    `HeadLoss.apply(features, embedding, targets, scale, head, settings)[0]` is scale * mean loss. `head` is
+    the embedding padded and in the compute dtype; the gradient arrives at `embedding`, in fp32: through a
+    cast it would lose the bits that the sum over chunks has kept.
+    """
+
+    @staticmethod
+    def forward(
+        features: Tensor,
+        embedding: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        head: Tensor,
+        settings: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, features_grad, head_grad = head_loss_and_grads(features, head, targets, scale=scale, **settings)
+        return loss * scale, features_grad, head_grad[: embedding.shape[0]]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        features_grad, embedding_grad = ctx.saved_tensors
+        return (
+            features_grad * cotangent.to(features_grad.dtype),
+            embedding_grad * cotangent,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def chunk_loss(
     row: Float[Tensor, "N C"], head: Float[Tensor, "P C"], target: Int[Tensor, "N"], vocab_size: int
 ) -> Float[Tensor, ""]:
     """Summed loss of N tokens. Padded columns are cut off before the softmax, so they take no probability."""

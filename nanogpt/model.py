@@ -27,8 +27,11 @@ Params = dict[str, Tensor]
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math"]
 """Which kernel computes attention: a fused one, PyTorch's reference ("math"), or PyTorch's own choice."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, queries, keys, values), each [B, H, T, D], to values: training and sampling differ in it."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(queries, keys, values), each [B, H, T, D], to values: training and sampling differ in it."""
+
+ThroughBlock = Callable[[int, nn.Module, Tensor], Tensor]
+"""(layer, block, x [B T C]) to the block's output: who calls the network says how a block is called."""
 
 INIT_STD = 0.02
 # A head of 50,304 columns multiplies faster than one of 50,257: its rows start on aligned addresses.
@@ -104,11 +107,14 @@ class GPT2Config:
         return cls(**PUBLISHED_SIZES[name])
 
 
-def init(config: GPT2Config, generator: torch.Generator) -> Params:
+def init(
+    config: GPT2Config, generator: torch.Generator, *, place: Callable[[Tensor], Tensor] = lambda leaf: leaf
+) -> Params:
     """Fresh fp32 parameters on the generator's device, a pure function of the generator's state.
 
     Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 n_layer);
-    biases are 0 and LayerNorm gains 1. Source: Radford et al. 2019, section 2.3, and OpenAI's code.
+    biases are 0 and LayerNorm gains 1. Source: Radford et al. 2019, section 2.3, and OpenAI's code. Each leaf
+    goes through `place` before the next one is drawn: who keeps a part of it never holds two whole leaves.
     """
 
     def init_leaf(name: str, shape: torch.Size) -> Tensor:
@@ -119,7 +125,7 @@ def init(config: GPT2Config, generator: torch.Generator) -> Params:
         std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
         return torch.randn(shape, generator=generator, device=generator.device) * std
 
-    return {name: init_leaf(name, leaf.shape) for name, leaf in config.skeleton.named_parameters()}
+    return {name: place(init_leaf(name, leaf.shape)) for name, leaf in config.skeleton.named_parameters()}
 
 
 def apply(
@@ -145,8 +151,13 @@ def apply_trunk(
     *,
     dropout_key: Int[Tensor, ""] | None = None,
     attention: Attention = "auto",
+    through_block: ThroughBlock | None = None,
 ) -> Float[Tensor, "B T C"]:
-    """The features that the head turns into logits: everything but the last matrix product."""
+    """The features that the head turns into logits: everything but the last matrix product.
+
+    `through_block` says how a block is called (compiled, sharded); by default as it stands, and then `params`
+    need not hold the blocks' parameters.
+    """
     if tokens.shape[1] > config.block_size:
         raise UserError(
             f"a sequence has {tokens.shape[1]} tokens, the model {config.block_size} positions; "
@@ -154,13 +165,64 @@ def apply_trunk(
         )
     key = dropout_key if config.dropout else None
 
-    def attend(layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-        if key is None:
-            return causal_attention(q_BHTD, k_BHTD, v_BHTD, attention)
-        return causal_attention_with_dropout(q_BHTD, k_BHTD, v_BHTD, config.dropout, key, 3 * layer + 1)
+    def as_it_stands(layer: int, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x, make_attend(config, attention, block_key(key, layer)), block_key(key, layer))
 
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    return torch.func.functional_call(config.skeleton, params, (tokens, positions, attend, key))
+    arguments = (tokens, positions, through_block or as_it_stands, key)
+    return torch.func.functional_call(config.skeleton, params, arguments)
+
+
+def apply_block(
+    params: Params,
+    x: Float[Tensor, "B T C"],
+    config: GPT2Config,
+    *,
+    dropout_key: Int[Tensor, ""] | None = None,
+    attention: Attention = "auto",
+) -> Float[Tensor, "B T C"]:
+    """One block as a pure function of its own parameters ("ln_1.weight", ...): the same one for every layer.
+
+    `dropout_key` is the layer's, of `block_key`.
+    """
+    key = dropout_key if config.dropout else None
+    arguments = (x, make_attend(config, attention, key), key)
+    return torch.func.functional_call(config.skeleton.get_submodule("h.0"), params, arguments)
+
+
+def block_names(params: Params) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """The names in each block and outside of the blocks, and which names in `params` they stand for.
+
+    Blocks have the same names among themselves: {"ln_1.weight": "h.0.ln_1.weight", ...}.
+    """
+    blocks: dict[str, dict[str, str]] = {}
+    for name in params:
+        if name.startswith("h."):
+            _, layer, inner = name.split(".", 2)
+            blocks.setdefault(layer, {})[inner] = name
+    return list(blocks.values()), {name: name for name in params if not name.startswith("h.")}
+
+
+def block_params(params: Params, layer: int) -> Params:
+    """The parameters of a block under the names that they have in it."""
+    prefix = f"h.{layer}."
+    return {name.removeprefix(prefix): leaf for name, leaf in params.items() if name.startswith(prefix)}
+
+
+def block_key(key: Int[Tensor, ""] | None, layer: int) -> Int[Tensor, ""] | None:
+    """The dropout key of a layer; None where nothing is dropped."""
+    return None if key is None else fold_in(key, layer + 1)
+
+
+def make_attend(config: GPT2Config, attention: Attention, key: Int[Tensor, ""] | None) -> Attend:
+    """Causal attention as training wants it: by a fused kernel, or with dropped probabilities."""
+
+    def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+        if key is None:
+            return causal_attention(q_BHTD, k_BHTD, v_BHTD, attention)
+        return causal_attention_with_dropout(q_BHTD, k_BHTD, v_BHTD, config.dropout, key, 0)
+
+    return attend
 
 
 def padded_head(params: Params, config: GPT2Config) -> Float[Tensor, "P C"]:
@@ -183,7 +245,7 @@ class GPT2(nn.Module):
         self,
         tokens: Int[Tensor, "B T"],
         positions: Int[Tensor, "T"],
-        attend: Attend,
+        through_block: ThroughBlock,
         key: Int[Tensor, ""] | None = None,
     ) -> Float[Tensor, "B T C"]:
         x = self.wte(tokens) + self.wpe(positions)
@@ -191,7 +253,7 @@ class GPT2(nn.Module):
         # gradients add up.
         x = dropout(x.to(self.ln_f.weight.dtype), self.config.dropout, key, 0)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, attend, key)
+            x = through_block(layer, block, x)
         return self.ln_f(x)
 
 
@@ -207,10 +269,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], layer: int, attend: Attend, key: Int[Tensor, ""] | None
+        self, x: Float[Tensor, "B T C"], attend: Attend, key: Int[Tensor, ""] | None = None
     ) -> Float[Tensor, "B T C"]:
-        x = x + dropout(self.attn(self.ln_1(x), layer, attend), self.rate, key, 3 * layer + 2)
-        return x + dropout(self.mlp(self.ln_2(x)), self.rate, key, 3 * layer + 3)
+        x = x + dropout(self.attn(self.ln_1(x), attend), self.rate, key, 1)
+        return x + dropout(self.mlp(self.ln_2(x)), self.rate, key, 2)
 
 
 class SelfAttention(nn.Module):
@@ -222,11 +284,11 @@ class SelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Float[Tensor, "B T C"], layer: int, attend: Attend) -> Float[Tensor, "B T C"]:
+    def forward(self, x: Float[Tensor, "B T C"], attend: Attend) -> Float[Tensor, "B T C"]:
         q_BHTD, k_BHTD, v_BHTD = (
             rearrange(part, "B T (H D) -> B H T D", H=self.n_head) for part in self.c_attn(x).chunk(3, dim=-1)
         )
-        return self.c_proj(rearrange(attend(layer, q_BHTD, k_BHTD, v_BHTD), "B H T D -> B T (H D)"))
+        return self.c_proj(rearrange(attend(q_BHTD, k_BHTD, v_BHTD), "B H T D -> B T (H D)"))
 
 
 class MLP(nn.Module):
@@ -289,7 +351,7 @@ def causal_attention_with_dropout(
 def dropout(x: Tensor, rate: float, key: Int[Tensor, ""] | None, site: int) -> Tensor:
     """x with a share `rate` of it zeroed and the rest scaled by 1 / (1 - rate); x itself without a key.
 
-    `site` numbers the places of the network that drop something: each has a mask of its own.
+    `site` numbers the places that drop something under one key: each has a mask of its own.
     """
     if key is None:
         return x

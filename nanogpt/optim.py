@@ -31,6 +31,28 @@ class Transform(NamedTuple):
     update: Callable[[Tree, OptState, Tree], tuple[Tree, OptState]]
 
 
+class Leafwise(Transform):
+    """A Transform that treats every leaf by itself, whatever its name.
+
+    So a tree may be given to it part by part, and a part that was compiled serves all others of its shapes.
+    """
+
+
+class Scaling(Transform):
+    """A Transform without a state that multiplies all updates by one number, `factor(updates)`.
+
+    So only that number has to know the whole tree.
+    """
+
+    factor: Callable[[Tree], Float[Tensor, ""]]
+
+
+class Chain(Transform):
+    """What `chain` returns: it still knows its `parts`."""
+
+    parts: tuple[Transform, ...]
+
+
 class AdamState(NamedTuple):
     """Number of updates so far; running means of the gradients and of their squares."""
 
@@ -66,7 +88,28 @@ def chain(*transforms: Transform) -> Transform:
             states.append(state)
         return updates, tuple(states)
 
-    return Transform(init, update)
+    chained = Chain(init, update)
+    chained.parts = transforms
+    return chained
+
+
+def is_leafwise(transform: Transform) -> bool:
+    """Whether `transform` may be given a tree in parts."""
+    if isinstance(transform, Chain):
+        return all(map(is_leafwise, transform.parts))
+    return isinstance(transform, Leafwise)
+
+
+def split(transform: Transform) -> tuple[Scaling | None, Transform] | None:
+    """(scaling, leafwise), in this order the same as `transform`; None where it is not of that form.
+
+    `chain(clip_by_global_norm(1.0), adamw(1e-3))` is. Its state is the scaling's, which is empty, followed by
+    the leafwise chain's.
+    """
+    if is_leafwise(transform):
+        return None, transform
+    first, *rest = transform.parts if isinstance(transform, Chain) else (transform,)
+    return (first, chain(*rest)) if isinstance(first, Scaling) and all(map(is_leafwise, rest)) else None
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
@@ -77,11 +120,16 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     if not max_norm > 0:
         raise UserError(f"the clip norm is {max_norm}, expected above 0; set --optim.gradient-clip-norm")
 
+    def factor(updates: Tree) -> Float[Tensor, ""]:
+        return torch.clamp(max_norm / tree.global_norm(updates), max=1.0)
+
     def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
-        scale = torch.clamp(max_norm / tree.global_norm(updates), max=1.0)
+        scale = factor(updates)
         return tree.map(lambda g: g * scale, updates), opt_state
 
-    return Transform(lambda params: (), update)
+    clip = Scaling(lambda params: (), update)
+    clip.factor = factor
+    return clip
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
@@ -107,7 +155,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
         updates, mu, nu = tree.map_many(update_leaf, updates, opt_state.mu, opt_state.nu)
         return updates, AdamState(count, mu, nu)
 
-    return Transform(init, update)
+    return Leafwise(init, update)
 
 
 def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Transform:
@@ -120,7 +168,8 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
         decayed = tree.map(lambda u, p, m: u + weight_decay * p if m else u, updates, params, mask(params))
         return decayed, opt_state
 
-    return Transform(lambda params: (), update)
+    # `matrices` looks at shapes; another mask may look at names.
+    return (Leafwise if mask is matrices else Transform)(lambda params: (), update)
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
@@ -133,7 +182,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
         rate = learning_rate(opt_state.count) if callable(learning_rate) else learning_rate
         return tree.map(lambda u: -rate * u, updates), ScheduleState(opt_state.count + 1)
 
-    return Transform(init, update)
+    return Leafwise(init, update)
 
 
 def matrices(params: Tree) -> Tree:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogpt import command
 from nanogpt.checkpoint import load_params
@@ -73,13 +73,16 @@ def decode(
     positions = torch.arange(tokens.shape[1], device=tokens.device) + start
     seen = torch.arange(config.block_size, device=tokens.device) <= positions[:, None]
 
-    def attend(layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-        k_BHSD, v_BHSD = cache[layer]
-        k_BHSD.index_copy_(2, positions, k_BHTD)
-        v_BHSD.index_copy_(2, positions, v_BHTD)
-        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=seen)
+    def through_block(layer: int, block: nn.Module, x: Tensor) -> Tensor:
+        def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+            k_BHSD, v_BHSD = cache[layer]
+            k_BHSD.index_copy_(2, positions, k_BHTD)
+            v_BHSD.index_copy_(2, positions, v_BHTD)
+            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=seen)
 
-    features = torch.func.functional_call(config.skeleton, params, (tokens, positions, attend))
+        return block(x, attend)
+
+    features = torch.func.functional_call(config.skeleton, params, (tokens, positions, through_block))
     return F.linear(features[:, -1], padded_head(params, config))[:, : config.vocab_size]
 
 

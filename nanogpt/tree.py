@@ -15,9 +15,14 @@ Tree = Any
 """A tensor, or a dict, list, tuple or NamedTuple of trees."""
 
 
-def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """A tree of `function(leaf, *leaves of rest at the same place)`; all trees have one structure."""
-    return pytree.tree_map(function, tree, *rest)
+def map(
+    function: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Any], bool] | None = None
+) -> Tree:
+    """A tree of `function(leaf, *leaves of rest at the same place)`; all trees have one structure.
+
+    A node for which `is_leaf` holds is handed over whole, with what the other trees have in its place.
+    """
+    return pytree.tree_map(function, tree, *rest, is_leaf=is_leaf)
 
 
 def map_many(function: Callable[..., tuple[Any, ...]], tree: Tree, *rest: Tree) -> tuple[Tree, ...]:
@@ -26,6 +31,58 @@ def map_many(function: Callable[..., tuple[Any, ...]], tree: Tree, *rest: Tree) 
     columns = [leaves(tree), *(structure.flatten_up_to(other) for other in rest)]  # dicts may differ in order
     rows = [function(*row) for row in zip(*columns, strict=True)]
     return tuple(unflatten(tree, list(column)) for column in zip(*rows, strict=True))
+
+
+def is_slot_of(params: dict[str, Any]) -> Callable[[Any], bool]:
+    """Tells the nodes that have one value for each parameter (gradients, a moment) from others (a count)."""
+    return lambda node: isinstance(node, dict) and node.keys() == params.keys()
+
+
+def pick(tree: Tree, params: dict[str, Any], names: dict[str, str]) -> Tree:
+    """`tree` cut to some parameters: slots keep those of `names` (new name: old name), the rest stays."""
+    is_slot = is_slot_of(params)
+
+    def cut(node: Any) -> Any:
+        return {new: node[old] for new, old in names.items()} if is_slot(node) else node
+
+    return map(cut, tree, is_leaf=is_slot)
+
+
+def join(tree: Tree, params: dict[str, Any], parts: list[tuple[dict[str, str], Tree]]) -> Tree:
+    """The structure of `tree` with values of `parts`, each (names, what `pick` made of it, or its successor).
+
+    What is no slot is taken from the last part.
+    """
+    is_slot = is_slot_of(params)
+
+    def gather(node: Any, *cuts: Any) -> Any:
+        if not is_slot(node):
+            return cuts[-1]
+        values = {
+            old: cut[new] for (names, _), cut in zip(parts, cuts, strict=True) for new, old in names.items()
+        }
+        return {name: values[name] for name in node}
+
+    return map(gather, tree, *(part for _, part in parts), is_leaf=is_slot)
+
+
+def overwrite(old: Tree, new: Tree) -> Tree:
+    """`old` with its memory holding the values of `new`."""
+
+    def move(kept: Tensor, value: Tensor) -> Tensor:
+        if kept is not value:
+            kept.copy_(value)
+        return kept
+
+    return map(move, old, new)
+
+
+def overwrite_slots(old: Tree, new: Tree, params: dict[str, Any]) -> Tree:
+    """`overwrite` for what belongs to one parameter; what is no slot is that of `new`."""
+    is_slot = is_slot_of(params)
+    return map(
+        lambda kept, value: overwrite(kept, value) if is_slot(kept) else value, old, new, is_leaf=is_slot
+    )
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -47,7 +104,8 @@ def unflatten(like: Tree, leaves: list[Any]) -> Tree:
 
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """The Euclidean norm of all leaves together, as if they were one vector; accumulated in fp32."""
-    return torch.stack([leaf.float().square().sum() for leaf in leaves(tree)]).sum().sqrt()
+    norms = torch.ops.aten._foreach_norm.Scalar([leaf.float() for leaf in leaves(tree)])  # one call for all
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def diff(got: Tree, expected: Tree) -> list[str]:

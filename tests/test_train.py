@@ -316,8 +316,9 @@ def compiled() -> Iterator[Compiled]:
         yield compiled
 
 
-def test_step_evaluation_and_sampling_are_one_graph_each(compiled: Compiled):
-    assert compiled.graphs == 3
+def test_training_takes_four_graphs_evaluation_two_and_sampling_one(compiled: Compiled):
+    """A block, a chunk of the head, AdamW of a block and of the rest; the first two once more; one token."""
+    assert compiled.graphs == 4 + 2 + 1
 
 
 def test_compiled_steps_equal_eager_ones(compiled: Compiled):
@@ -348,9 +349,22 @@ def test_sampling_is_compiled_once_for_all_lengths_and_equals_the_eager_one(comp
     assert greedy(length, compile=True).equal(greedy(length, compile=False))
 
 
+def test_more_microsteps_compile_nothing_new(compiled: Compiled):
+    compiled.train_step(start(), batch_of(0, A=3))
+
+
+def test_an_eager_step_can_be_compiled_into_one_graph():
+    eager = make_train_step(DROPPING, OPTIMIZER, precision="float32", compile=False)
+    whole = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    batches = [batch_of(step, A=2) for step in range(2)]
+    (state, metrics), (expected, expected_metrics) = (run_steps(f, start(), batches) for f in (whole, eager))
+    assert same_bits(metrics, expected_metrics)
+    assert same_bits(state, expected)
+
+
 def test_a_recompilation_would_have_failed(compiled: Compiled):
     for function, arguments in (
-        (compiled.train_step, (start(), batch_of(0, A=3))),
+        (compiled.train_step, (start(), batch_of(0, A=2, B=3))),
         (compiled.eval_step, (start().params, batch_of(0, B=3))),
     ):
         with pytest.raises(RuntimeError, match="fail_on_recompile"):
