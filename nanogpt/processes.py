@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -53,6 +54,9 @@ ANSWER_S = 2.0
 GRACE_S = 3.0
 """How long ranks wait for each other to end, and the watching thread for the main one."""
 
+STALLED = 0.9
+"""Fraction of the collectives' timeout after which a step that goes on is worth a warning."""
+
 DOCTOR = "python -m nanogpt.doctor"
 BROKEN_COLLECTIVE = re.compile(
     r"gloo|NCCL|nccl|Connection (closed|reset|refused)|[Tt]imed? ?out|timeout|Broken pipe|[Ss]ocket"
@@ -71,6 +75,13 @@ class Ending(NamedTuple):
     sentence: str
     absent: list[int]
     """Ranks that nobody needs to wait for."""
+
+
+def ignore_torchrun() -> None:
+    """From here on torchrun's signals do not end this process, only its SIGKILL; not in a second thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def flush() -> None:
@@ -120,6 +131,7 @@ class Team:
         self._ended = threading.Event()
         self._is_ending = threading.Lock()
         self._limit: tuple[float, str] | None = None
+        self._patience_s = math.inf
         self._terminal = 2
         self._log: Path | None = None
 
@@ -245,8 +257,10 @@ class Team:
                 )
         except RuntimeError as error:
             raise UserError(f"{failed} ({_in_short(error)})") from error
+        self._patience_s = STALLED * timeout_s
         with self.hangs_explained():
             yield
+        self._patience_s = math.inf
         # Not after an error: NCCL's shutdown waits for communication that dead ranks will never take part in.
         dist.destroy_process_group()
 
@@ -296,6 +310,7 @@ class Team:
 
     def _explain(self, error: RuntimeError) -> Exception:
         """Asks who lives, and says who does not or who did not notice, and so was not in the collective."""
+        ignore_torchrun()  # which ends this machine's ranks 0.1 s after one was killed
         store, size, me = self._store_of(), self.world.size, self.world.rank
         try:
             store.set(f"noticed/{me}", "")
@@ -375,12 +390,15 @@ class Team:
 
         The main thread may be inside of a collective, which no Python exception reaches.
         """
-        published, answered = self.step_now, False
+        published, since, answered = self.step_now, time.monotonic(), False
         try:
             while not self._ended.wait(POLL_S):
                 if published != self.step_now:
-                    published = self.step_now
+                    published, since = self.step_now, time.monotonic()
                     store.set(f"step/{self.world.rank}", str(published))
+                if time.monotonic() - since > self._patience_s:
+                    self._warn_of_stall(store, time.monotonic() - since)
+                    since = math.inf
                 if not answered and store.check(["alarm"]):
                     store.set(f"alive/{self.world.rank}", "")
                     answered = True
@@ -396,6 +414,19 @@ class Team:
             ending = Ending(1, gone, [rank for rank in range(self.world.size) if rank != self.world.rank])
         if not self._ended.wait(GRACE_S):
             self._end(ending)
+
+    def _warn_of_stall(self, store: Store, seconds: float) -> None:
+        """Says which ranks are behind, before NCCL ends this process in C++, without a Python exception."""
+        keys = [f"step/{rank}" for rank in range(self.world.size)]
+        steps = [int(step) for step in store.multi_get(keys)]
+        behind = [rank for rank, step in enumerate(steps) if step < max(steps)]
+        who = f"{self._names(behind)} behind" if behind else f"all ranks are in step {max(steps)}"
+        print(
+            f"warning: step {self.step_now} has lasted {seconds:.0f} s on rank {self.world.rank}, {who}; if "
+            f"a collective hangs it ends soon: look at the logs of ranks, and run {DOCTOR}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _ending_of(self, error: BaseException) -> Ending:
         match error:
@@ -421,9 +452,7 @@ class Team:
         """
         self._is_ending.acquire()  # for good: of the main and the watching thread one ends the process
         self._ended.set()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGQUIT):  # what torchrun sends to those still there
-                signal.signal(number, signal.SIG_IGN)
+        ignore_torchrun()
         world, sentence = self.world, ending.sentence
         speaker = world.rank - world.local_rank  # where nobody met, the first rank of each machine speaks
         with contextlib.suppress(dist.DistError):

@@ -175,8 +175,9 @@ def port_of(folder: Path) -> int:
     """A free port for the ranks of a scenario. It stays bound here, so that no other scenario gets it."""
     if folder not in PORTS:
         PORTS[folder] = socket.socket()
-        PORTS[folder].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         PORTS[folder].bind(("127.0.0.1", 0))
+        # Afterwards: a socket that may share its port is given one that another such socket has.
+        PORTS[folder].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return PORTS[folder].getsockname()[1]
 
 
@@ -314,6 +315,11 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_after_the_timeout(
     ranks = outcomes["sleeps"]
     assert statuses(ranks) == [1, 1, 1]
     assert f"since rank 1 ({socket.gethostname()}) lives but did not arrive" in the_sentence(ranks)
+
+
+def test_a_step_that_lasts_is_warned_of_before_the_timeout(outcomes: dict[str, list[Outcome]]) -> None:
+    warning = outcomes["sleeps"][0]["terminal"].splitlines()[0]
+    assert warning.startswith("warning: step 3 has lasted 2 s on rank 0, all ranks are in step 3; ")
 
 
 def test_a_bug_of_one_rank_ends_all_and_its_traceback_is_in_its_log(
