@@ -191,9 +191,14 @@ def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
 
     Sequence g of a step is the same whatever the number of processes; it goes to microstep g // (P B) and
     there to process (g // B) mod P. Epochs follow each other without a gap, so a batch may hold the end of
-    one and the start of the next.
+    one and the start of the next. Raises UserError where the tokens hold no window.
     """
     windows = window_count(len(tokens), spec.block_size)
+    if windows == 0:
+        raise UserError(
+            f"got {len(tokens):,} tokens, expected at least {spec.block_size + 1:,} (a window and its last "
+            f"target); set a smaller --model.block-size or prepare more text"
+        )
     A, B, T = spec.accumulation, spec.batch_size, spec.block_size
     dealt = np.arange(spec.sequences).reshape(A, spec.process_count, B)[:, spec.process_index].ravel()
     starts = window_at(step * spec.sequences + dealt, windows, spec.seed) * T

@@ -109,6 +109,27 @@ def test_any_number_of_processes_splits_the_same_global_batch(processes: int):
         assert (microsteps[..., 0] // T).flatten().tolist() == whole
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("windows", [1, 7, 101])
+def test_processes_together_cover_every_epoch_of_any_size_across_its_borders(processes: int, windows: int):
+    tokens, seen = counting_tokens(windows, left_over=1), []
+    for step in range(2 * windows // 24 + 1):
+        specs = [make_spec(24, index=i, count=processes) for i in range(processes)]
+        together = torch.cat([batch_at(tokens, step, spec).inputs for spec in specs], dim=1)
+        seen += (together[..., 0] // T).flatten().tolist()
+    for epoch in range(2):
+        assert sorted(seen[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
+
+
+def test_tokens_that_hold_no_window_are_refused():
+    with pytest.raises(UserError) as caught:
+        batch_at(np.zeros(T, np.uint16), 0, make_spec(1))
+    assert str(caught.value) == (
+        "got 4 tokens, expected at least 5 (a window and its last target); "
+        "set a smaller --model.block-size or prepare more text"
+    )
+
+
 def test_targets_are_the_inputs_shifted_by_one():
     tokens = np.random.default_rng(0).integers(65536, size=1001).astype(np.uint16)
     inputs, targets = batch_at(tokens, 3, make_spec(6, batch_size=3))

@@ -780,10 +780,10 @@ def test_the_live_line_is_no_longer_than_the_terminal(width: int):
 
 
 def test_the_time_for_openwebtext_is_told_once_from_the_rate_after_the_first_record(monkeypatch, capsys):
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     progress = Progress(None, engine="tiktoken", kept={})
-    for index, now in enumerate((100.0, 101.0, 104.0, 105.0)):
+    for index, clock[0] in enumerate((100.0, 101.0, 104.0, 105.0)):
         progress.add(
             Record(
                 index=index, documents=1, tokens=10**6, characters=1, source_bytes=1, sha256="", skipped={}
