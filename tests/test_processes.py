@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
 
 
 def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
-    """A rank that never comes; a port that is taken; and a restart in the store of an attempt that failed."""
+    """A rank that never comes; a port that is taken; and a restart in the store of earlier attempts."""
     running = {fork(folder / "alone", agrees, 0, 2, timeout_s=2): ("alone", 0)}
     port_of(folder / "taken")
     PORTS[folder / "taken"].listen()
@@ -158,6 +158,9 @@ def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     STORES.append(store)
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+    for pid in [fork(folder / "before", agrees, rank, 2, timeout_s=20, **agent) for rank in range(2)]:
+        os.waitpid(pid, 0)  # an attempt that met
+    store.delete_key("hello/1")
     dead = fork(folder / "dead", agrees, 1, 2, timeout_s=20, **agent)
     store.wait(["hello/1"])  # which nobody answers
     os.kill(dead, signal.SIGKILL)
