@@ -25,7 +25,7 @@ from nanogpt.errors import UserError
 
 TOKEN_BYTES = 2
 RELEASE_BYTES = 64 << 20  # mapped pages are handed back after this much reading: resident memory stays flat
-FAULT_BYTES = 128 << 10  # what the kernel may map around a single touched page
+FAULT_BYTES = 2 << 20  # what the kernel may map around a single touched page: a large folio of its cache
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 1024, 4096
 
 
