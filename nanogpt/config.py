@@ -102,6 +102,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How a run that torchrun starts is laid out over its processes, one for each device."""
+
+    shard: int | None = None
+    """Processes among which parameters and optimizer state are divided, at least 1; 1 is plain data parallel.
+    None takes the processes of a machine."""
+    replicate: int | None = None
+    """Groups of that size that each hold everything, at least 1; shard x replicate = processes. None
+    follows."""
+    reshard_after_forward: bool = False
+    """Free a block's gathered parameters between its forward and backward pass: less memory, more traffic."""
+    timeout_s: float = 600.0
+    """Seconds that a collective waits for a rank, above 0 and above the longest compilation."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard", "replicate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"mesh.{name} is {value}, expected at least 1; set --mesh.{name}")
+        if not self.timeout_s > 0:
+            raise UserError(f"the timeout is {self.timeout_s} s, expected above 0; set --mesh.timeout-s")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Validation loss while training."""
 
@@ -187,6 +211,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)

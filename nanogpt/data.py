@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import weakref
+import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -200,13 +201,32 @@ def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
             f"target); set a smaller --model.block-size or prepare more text"
         )
     A, B, T = spec.accumulation, spec.batch_size, spec.block_size
-    dealt = np.arange(spec.sequences).reshape(A, spec.process_count, B)[:, spec.process_index].ravel()
-    starts = window_at(step * spec.sequences + dealt, windows, spec.seed) * T
+    starts = window_at(step * spec.sequences + dealt_places(spec), windows, spec.seed) * T
     rows = np.empty((A * B, T + 1), dtype=np.int64)
     for row, start in zip(rows, starts.tolist(), strict=True):
         row[:] = tokens[start : start + T + 1]
     both = torch.from_numpy(rows).view(A, B, T + 1)
     return Batch(both[..., :-1].contiguous(), both[..., 1:].contiguous())
+
+
+def batch_hash(batch: Batch, step: int, spec: BatchSpec) -> int:
+    """A 63-bit hash of this process's part of a step's batch; the parts' sum modulo 2^63 is that of all.
+
+    It depends on the tokens and on the place that each sequence has in the step, not on who reads which.
+    """
+    A, B, _ = batch.inputs.shape
+    places = dealt_places(spec).astype(np.uint64)
+    rows = np.concatenate([batch.inputs.numpy(), batch.targets.numpy()[..., -1:]], axis=-1).reshape(A * B, -1)
+    sums = np.array([zlib.crc32(row.astype("<u4").tobytes()) for row in rows], dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        hashes = mix64(sums ^ mix64(places + np.uint64(step * spec.sequences)))
+        return int(hashes.sum(dtype=np.uint64) & np.uint64(2**63 - 1))
+
+
+def dealt_places(spec: BatchSpec) -> np.ndarray:
+    """The places in a step, from 0 to `spec.sequences`, of this process's sequences."""
+    shape = (spec.accumulation, spec.process_count, spec.batch_size)
+    return np.arange(spec.sequences).reshape(shape)[:, spec.process_index].ravel()
 
 
 def window_at(position: np.ndarray, windows: int, seed: int) -> np.ndarray:

@@ -11,24 +11,43 @@ from nanogpt.train import EvalStep
 IGNORED = -100  # a target that cross-entropy leaves out
 
 
-def validation_loss(eval_step: EvalStep, params: Params, batches: Iterator[Batch]) -> float:
-    """Mean loss in nats over all targets of `batches` that are not -100."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
+def validation_loss(
+    eval_step: EvalStep, params: Params, batches: Iterator[Batch], *, count: int | None = None
+) -> float:
+    """Mean loss in nats over all targets of `batches` that are not -100.
+
+    Where `batches` are one process's part and `eval_step` sums over all, `count` is the targets of all.
+    """
+    total, own = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         total += eval_step(params, batch).double().cpu()
-        count += int((batch.targets != IGNORED).sum())
-    return float(total) / count
+        own += int((batch.targets != IGNORED).sum())
+    return float(total) / (own if count is None else count)
+
+
+def validation_windows(tokens: Tokens, *, token_count: int, block_size: int) -> int:
+    """How many windows an evaluation on about `token_count` tokens has."""
+    return min(max(token_count // block_size, 1), window_count(len(tokens), block_size))
 
 
 def validation_batches(
-    tokens: Tokens, *, token_count: int, batch_size: int, block_size: int, device: torch.device
+    tokens: Tokens,
+    *,
+    token_count: int,
+    batch_size: int,
+    block_size: int,
+    device: torch.device,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
     """The first windows of the text, about `token_count` tokens, in batches [1, B, T] of one shape.
 
-    The same tokens whatever the batch size: rows that fill up the last batch have targets of -100.
+    The same tokens whatever the batch size and however many processes share them: rows that fill up the last
+    batches, as many on each process, have targets of -100.
     """
-    windows = min(max(token_count // block_size, 1), window_count(len(tokens), block_size))
-    for first in range(0, windows, batch_size):
+    windows = validation_windows(tokens, token_count=token_count, block_size=block_size)
+    for start in range(0, windows, batch_size * process_count):
+        first = start + batch_size * process_index
         inputs = torch.zeros(1, batch_size, block_size, dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORED)
         for row, window in enumerate(range(first, min(first + batch_size, windows))):

@@ -9,9 +9,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 DEFAULT_CHUNK_TOKENS = 1024
+GPU_CHUNK_TOKENS = 8192
+"""By an H100's data sheet the products of 1,024 rows take 0.3 ms, and adding up the head's gradient 0.1 more.
+Predicted, not measured."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 """`chunk_loss_and_grads` or that function compiled."""
+
+
+def chunk_tokens_of(device_type: str) -> int:
+    """Tokens whose logits exist at a time."""
+    return GPU_CHUNK_TOKENS if device_type == "cuda" else DEFAULT_CHUNK_TOKENS
 
 
 def next_token_loss(

@@ -31,6 +31,9 @@ class World(NamedTuple):
     local_size: int
 
 
+ALONE = World(0, 1, 0, 1)
+
+
 def world() -> World:
     """This process's place from torchrun's environment; one of one without it.
 
@@ -39,7 +42,7 @@ def world() -> World:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     said = {name: os.environ[name] for name in names if name in os.environ}
     if not said:
-        return World(0, 1, 0, 1)
+        return ALONE
     expected = f"expected all of {', '.join(names)} as torchrun sets them; start with torchrun, or unset them"
     if len(said) < len(names) or not all(text.isdecimal() for text in said.values()):
         raise UserError(f"the environment has {said}, {expected}")

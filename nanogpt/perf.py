@@ -4,6 +4,7 @@ FLOPs follow PaLM (Chowdhery et al. 2022, appendix B), a multiply-add being two.
 FLOP/s.
 """
 
+import math
 import os
 import platform
 import re
@@ -191,11 +192,13 @@ def memory_plan(
     precision: str,
     loss_chunk_tokens: int,
     optimizer_slots: int = 2,
+    shards: int = 1,
 ) -> dict[str, int]:
     """Bytes that a training step needs on one device, by kind, and their "total".
 
     Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32. Half precision adds a copy
-    of the parameters to compute with. Activations are what backward needs of `batch_size` sequences of
+    of the parameters to compute with. Each of several `shards` keeps its part of these, and the whole
+    parameters and gradients while it computes. Activations are what backward needs of `batch_size` sequences of
     `block_size` tokens: SAVED_PER_LAYER x n_embd numbers a token and block, one fp32 log-sum-exp a head (no T
     x T matrix: attention is fused), and the last norm's input and output. Logits are those of one chunk of
     the loss, BYTES_PER_LOGIT each.
@@ -204,11 +207,13 @@ def memory_plan(
     parameters = 4 * parameter_count(config)
     tokens = batch_size * block_size
     per_layer = SAVED_PER_LAYER * config.n_embd * number + 4 * config.n_head
+    own = math.ceil(parameters / shards)
+    copied = parameters * number // 4 if shards > 1 or precision != "float32" else 0
     plan = {
-        "parameters": parameters,
-        "optimizer state": optimizer_slots * parameters,
-        "gradients": parameters,
-        "compute copy": 0 if precision == "float32" else parameters // 2,
+        "parameters": own,
+        "optimizer state": optimizer_slots * own,
+        "gradients": parameters + (own if shards > 1 else 0),
+        "compute copy": copied,
         "activations": tokens * (config.n_layer * per_layer + 2 * config.n_embd * number),
         "logits": min(loss_chunk_tokens, tokens) * config.vocab_size * BYTES_PER_LOGIT,
     }
@@ -224,6 +229,7 @@ def fit_batch_size(
     loss_chunk_tokens: int,
     available_bytes: int,
     optimizer_slots: int = 2,
+    shards: int = 1,
 ) -> int:
     """The largest divisor of `batch_size` whose plan fills at most USABLE_FRACTION of `available_bytes`.
 
@@ -239,6 +245,7 @@ def fit_batch_size(
             precision=precision,
             loss_chunk_tokens=loss_chunk_tokens,
             optimizer_slots=optimizer_slots,
+            shards=shards,
         )
         return plan["total"]
 

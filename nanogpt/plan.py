@@ -6,7 +6,7 @@ from nanogpt import perf
 from nanogpt.config import RunConfig
 from nanogpt.data import BatchSpec, window_count
 from nanogpt.dataset import Dataset
-from nanogpt.loss import DEFAULT_CHUNK_TOKENS
+from nanogpt.loss import chunk_tokens_of
 from nanogpt.train import Precision
 from nanogpt.units import format_bytes, format_count, format_seconds
 
@@ -26,6 +26,13 @@ class Plan(NamedTuple):
     peak_source: str
     start: int
     """The step of the checkpoint that it goes on from, 0 without one."""
+    mesh: tuple[int, int] = (1, 1)
+    """Replicas, and processes among which each is divided."""
+
+    @property
+    def loss_chunk_tokens(self) -> int:
+        """Tokens whose logits exist at a time."""
+        return chunk_tokens_of(self.hardware.device.type)
 
     @property
     def last(self) -> int:
@@ -43,16 +50,17 @@ def plan_text(plan: Plan) -> str:
         batch_size=spec.batch_size,
         block_size=spec.block_size,
         precision=plan.precision,
-        loss_chunk_tokens=DEFAULT_CHUNK_TOKENS,
+        loss_chunk_tokens=plan.loss_chunk_tokens,
+        shards=plan.mesh[1],
     )
     kinds = [f"{kind} {format_bytes(size)}" for kind, size in memory.items() if kind != "total" and size]
     flops = perf.flops_per_token(model, spec.block_size)
-    floor_s = flops * spec.total_batch_size / plan.peak_flops
+    floor_s = flops * spec.total_batch_size / (plan.peak_flops * spec.process_count)
     rows = {
         "model": f"{perf.parameter_count(model):,} parameters: {model.n_layer} layers, {model.n_head} heads, "
         f"width {model.n_embd}, {model.block_size} positions, {model.vocab_size:,} tokens",
         "device": f"{hardware.name}, {hardware.cpu_cores} CPU cores, {plan.precision}, "
-        + ("one compiled graph" if plan.compile else "eager"),
+        + ("compiled" if plan.compile else "eager"),
         "data": f"{dataset.folder}: {len(dataset.train):,} training tokens"
         + (f" ({dataset.note})" if dataset.note else ""),
         "step": f"{spec.total_batch_size:,} tokens = {spec.process_count} device(s) x {spec.accumulation} "
@@ -66,4 +74,7 @@ def plan_text(plan: Plan) -> str:
         f"TFLOP/s ({plan.peak_source})",
         "files": f"{config.run_dir}/: config.json, metrics.jsonl, loss.png, checkpoints/",
     }
+    if spec.process_count > 1:
+        replicas, shards = plan.mesh
+        rows["mesh"] = f"{replicas} replica(s) of the state, each divided among {shards} process(es)"
     return "\n".join(f"{name:>8}  {text}" for name, text in rows.items())

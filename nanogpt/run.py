@@ -1,4 +1,4 @@
-"""A run from its config to its last checkpoint: the loop, and every side effect.
+"""A run from its config to its last checkpoint: what is checked, made and written around the loop.
 
 Everything that can be wrong with a config, a folder or a device is found before the first step is compiled.
 """
@@ -7,73 +7,73 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
-import math
+import json
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
-from nanogpt import command, optim, perf, tree
+from nanogpt import command, doctor, optim, perf, sharding, tree
 from nanogpt.checkpoint import Checkpointer, load_params
 from nanogpt.config import RunConfig
-from nanogpt.data import Batch, BatchSpec, batch_at, prefetch
+from nanogpt.data import BatchSpec
 from nanogpt.dataset import open_dataset
 from nanogpt.errors import UserError
-from nanogpt.evals import validation_batches, validation_loss
-from nanogpt.loss import DEFAULT_CHUNK_TOKENS
+from nanogpt.loop import Interrupted, Loop, RunResult, catch_signals
+from nanogpt.loss import chunk_tokens_of
+from nanogpt.meeting import ALONE, World, world
 from nanogpt.plan import Plan, plan_text
-from nanogpt.plot import draw_loss
+from nanogpt.processes import Team, code_hashes
 from nanogpt.run_dir import CHECKPOINTS, METRICS, PICTURE, describe, make_run_dir, starting_step, to_json
-from nanogpt.sample import generate, text_of
-from nanogpt.tracker import Console, JsonLines, Tracker, Trackers, WandB
-from nanogpt.train import Metrics, Precision, TrainState, init_state, make_eval_step, make_train_step
+from nanogpt.tracker import Console, JsonLines, Trackers, WandB
+from nanogpt.train import Precision, TrainState, init_state
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
-
-
-class RunResult(NamedTuple):
-    """How a run ended."""
-
-    state: TrainState | None
-    """The last state; None where the run was finished before."""
-    step: int
-    loss: float | None
-    val_loss: float | None
-    run_dir: Path
+LOGS = "logs"
 
 
 def main(default: RunConfig) -> RunResult | None:
     """The command line of an experiment: runs `default` as flags change it and returns what `run` does.
 
     A user's mistake ends in one sentence on stderr and status 2; a signal, after a checkpoint, in 128 + its
-    number.
+    number; a rank that is lost in 1. All of them end every rank that torchrun has started.
     """
-    with command.mistakes_in_a_sentence():
+    with command.mistakes_in_a_sentence(), Team(world()) as team:
+        config = team.together(lambda: command.parse(RunConfig, default=default))
         try:
-            return run(command.parse(RunConfig, default=default))
+            return run(config, team)
         except Interrupted as stop:
             sys.exit(128 + stop.signal)
 
 
-def run(config: RunConfig) -> RunResult | None:
+def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
     """Trains as `config` says and returns how it ended; None where only the plan was asked for.
 
     Raises UserError for whatever the user can put right, before anything is compiled or overwritten where it
     can be known by then, and Interrupted after a signal, with a checkpoint saved.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this run was started on several processes, expected one; sharding is not built yet")
+    team = team or Team(ALONE)
+    if team.world.size == 1:
+        return run_here(config, team)
+    device = team.together(lambda: choose_device(config.train.device, team.world))
+    output = contextlib.nullcontext() if config.plan else team.rank_output(config.run_dir / LOGS)
+    with output, team.connected(device.type, timeout_s=config.mesh.timeout_s):
+        team.agree(code_hashes() | settings_of(config))
+        for finding in doctor.preflight(team, device.type, config.run_dir):
+            print(f"{finding.level}: {finding.subject}: {finding.text}")
+        return run_here(config, team)
+
+
+def run_here(config: RunConfig, team: Team) -> RunResult | None:
+    """The run of this process, connected to the others if there are any."""
     checkpointer = Checkpointer(config.run_dir / CHECKPOINTS, keep=config.checkpoint.keep)
     console = Console(config.last_step)
-    plan = make_plan(config, checkpointer, console)
-    console.message(plan_text(plan))
+    plan = make_plan(config, checkpointer, console, team)
+    if not (config.plan and team.world.rank):
+        console.message(plan_text(plan))
     if config.plan:
         return None
     if plan.start >= plan.last:
@@ -85,12 +85,16 @@ def run(config: RunConfig) -> RunResult | None:
         return RunResult(None, plan.start, None, None, config.run_dir)
     if plan.hardware.device.type == "cpu":
         keep_freed_memory()
+    mesh = sharding.make_mesh(plan.hardware.device.type, plan.mesh) if plan.spec.process_count > 1 else None
     optimizer = make_optimizer(config, plan.precision)
-    state = starting_state(plan, optimizer, checkpointer)
+    state = starting_state(plan, optimizer, checkpointer, mesh)
     checkpointer.check(state)
-    make_run_dir(config, describe(config, plan.dataset, plan.precision))
-    trackers = make_trackers(plan, console)
-    loop = Loop(plan, optimizer, checkpointer, trackers, console)
+    is_first = team.world.rank == 0
+    if is_first:
+        make_run_dir(config, describe(config, plan.dataset, plan.precision))
+    trackers = make_trackers(plan, console) if is_first else Trackers(console)
+    schedule = make_schedule(config)
+    loop = Loop(plan, optimizer, schedule, checkpointer, trackers, console, team, mesh)
     with (
         full_disk_in_a_sentence(config.run_dir),
         contextlib.closing(trackers),
@@ -109,183 +113,44 @@ def run(config: RunConfig) -> RunResult | None:
             loop.plan = plan._replace(spec=spec)
             del state  # what it holds may be half overwritten
             torch.cuda.empty_cache()
-            state = starting_state(plan, optimizer, checkpointer)
+            state = starting_state(plan, optimizer, checkpointer, mesh)
 
 
-def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console) -> Plan:
+def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, team: Team) -> Plan:
     """What `config` comes to on this machine; says what it changes. Raises UserError for what cannot be
-    run."""
-    device = choose_device(config.train.device)
-    hardware = perf.detect(device)
+    run, on all ranks if on one."""
+    hardware = perf.detect(choose_device(config.train.device, team.world))
+    if hardware.device.type == "cpu":  # the processes of a machine share it
+        hardware = hardware._replace(available_bytes=hardware.available_bytes // team.world.local_size)
     precision = config.train.precision or perf.default_precision(hardware)
-    dataset = open_dataset(config)
+    shape = sharding.mesh_shape(
+        shard=config.mesh.shard,
+        replicate=config.mesh.replicate,
+        size=team.world.size,
+        local_size=team.world.local_size,
+    )
+    dataset = team.together(lambda: open_dataset(config))
+    team.agree({"the data": dataset.hash, "the precision of this device": precision})
     start = starting_step(config, dataset, checkpointer)
-    spec = fit(config, batch_spec(config), hardware, precision, console)
-    compile = config.train.compile and can_compile(device, console)
+    spec = team.together(lambda: fit(config, batch_spec(config, team.world), hardware, precision, shape[1]))
+    sizes = [int(size) for size in team.gather(str(spec.batch_size))]  # the smallest device decides
+    spec = dataclasses.replace(spec, batch_size=min(sizes))
+    if spec.batch_size != config.data.batch_size:
+        before = batch_spec(config, team.world).accumulation
+        console.message(
+            f"{config.data.batch_size} sequences in a microstep do not fit {hardware.name}: "
+            f"{spec.batch_size} at a time and {spec.accumulation} microsteps instead of {before}"
+        )
+    compile = config.train.compile and can_compile(hardware.device, console)
     peak_flops, source = perf.peak_flops(hardware, precision)
-    return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start)
+    return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; the state is saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-
-
-@dataclasses.dataclass
-class Loop:
-    """The steps of a run, and what happens between them."""
-
-    plan: Plan
-    optimizer: optim.Transform
-    checkpointer: Checkpointer
-    trackers: Tracker
-    console: Console
-    step: int = 0
-    loss: float | None = None
-    val_loss: float | None = None
-    evaluated_at: int | None = None
-
-    def run(self, state: TrainState, caught: Sequence[int]) -> RunResult:
-        """The planned steps from `state` on; a signal's number in `caught` ends them after the one at hand,
-        saved."""
-        plan, config = self.plan, self.plan.config
-        choices: dict[str, Any] = dict(
-            precision=plan.precision, attention=config.train.attention, compile=plan.compile
-        )
-        train_step = make_train_step(
-            config.model, self.optimizer, seed=config.train.seed, donate=True, **choices
-        )
-        self.eval_step = make_eval_step(config.model, **choices)
-        self.schedule = make_schedule(config)
-        self.step, pending = plan.start, None
-        runs_ahead = plan.hardware.device.type == "cuda"  # elsewhere a step has ended when its call returns
-        self.read_at = time.perf_counter()
-        with contextlib.closing(self.batches()) as batches:
-            for batch in batches:
-                state, metrics = train_step(state, batch)
-                reading = copy_to_host(metrics)
-                if pending is not None:  # the step before: its numbers are here while this one still runs
-                    self.report(self.step, pending())
-                self.step, pending = self.step + 1, reading
-                is_last = bool(caught) or self.step == plan.last  # asked once: a later signal waits a step
-                if not runs_ahead or is_last or self.is_due():
-                    self.report(self.step, pending())
-                    pending = None
-                if is_last or self.is_due():
-                    self.between_steps(state, is_last=is_last)
-                if is_last and self.step < plan.last:
-                    self.stop(caught[0])
-        return RunResult(state, self.step, self.loss, self.val_loss, config.run_dir)
-
-    def batches(self) -> Generator[Batch, None, None]:
-        """The batches of the planned steps, on the device."""
-        plan = self.plan
-        return prefetch(
-            lambda step: batch_at(plan.dataset.train, step, plan.spec),
-            range(plan.start, plan.last),
-            plan.hardware.device,
-        )
-
-    def is_due(self) -> bool:
-        """Whether anything but training is to be done after this step."""
-        groups = (self.plan.config.eval, self.plan.config.checkpoint, self.plan.config.sample)
-        return any(falls_on(group.interval, self.step) for group in groups)
-
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs a step's numbers; raises UserError where they show that the parameters are lost."""
-        now = time.perf_counter()
-        seconds, self.read_at = now - self.read_at, now
-        self.loss = metrics["loss"]
-        tokens_per_second = self.plan.spec.total_batch_size / seconds
-        flops = tokens_per_second * perf.flops_per_token(self.plan.config.model, self.plan.spec.block_size)
-        self.trackers.log(
-            {
-                "step": step,
-                "loss": self.loss,
-                "learning_rate": float(self.schedule(torch.tensor(step - 1))),
-                "grad_norm": metrics["grad_norm"],
-                "tokens_per_second": tokens_per_second,
-                "mfu": flops / self.plan.peak_flops,
-                "seconds": seconds,
-            }
-        )
-        check_finite(self.plan.config, step, metrics, self.plan.precision)
-
-    def between_steps(self, state: TrainState, *, is_last: bool) -> None:
-        """Evaluation, sample, checkpoint and picture, whichever fall on this step; all of them at the run's
-        end."""
-        is_end = self.step == self.plan.config.train.max_steps
-        if is_end or falls_on(self.plan.config.eval.interval, self.step):
-            self.evaluate(state)
-        if is_end or falls_on(self.plan.config.sample.interval, self.step):
-            self.write_sample(state)
-        if is_last or falls_on(self.plan.config.checkpoint.interval, self.step):
-            about = describe(self.plan.config, self.plan.dataset, self.plan.precision)
-            fresh = self.val_loss if self.evaluated_at == self.step else None
-            self.checkpointer.save(self.step, state, metadata=about, val_loss=fresh)
-            run_dir = self.plan.config.run_dir
-            draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
-        self.read_at = time.perf_counter()  # tokens per second are of training alone
-
-    def evaluate(self, state: TrainState) -> None:
-        """Logs the loss on the validation text."""
-        batches = validation_batches(
-            self.plan.dataset.val,
-            token_count=self.plan.config.eval.tokens,
-            batch_size=self.plan.spec.batch_size,
-            block_size=self.plan.spec.block_size,
-            device=self.plan.hardware.device,
-        )
-        self.val_loss = validation_loss(self.eval_step, state.params, batches)
-        self.evaluated_at = self.step
-        self.trackers.log({"step": self.step, "val_loss": self.val_loss})
-
-    def write_sample(self, state: TrainState) -> None:
-        """Logs a text that the model writes, the same draw for the same (seed, step)."""
-        tokenizer, settings, device = (
-            self.plan.dataset.tokenizer,
-            self.plan.config.sample,
-            self.plan.hardware.device,
-        )
-        if tokenizer is None:
-            return
-        tokens = generate(
-            state.params,
-            self.plan.config.model,
-            torch.tensor([tokenizer.encode(settings.prompt)], device=device),
-            max_new_tokens=settings.tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            generator=torch.Generator(device).manual_seed(self.plan.config.train.seed + self.step),
-        )
-        self.trackers.log({"step": self.step, "sample": text_of(tokens[0], tokenizer)})
-
-    def stop(self, number: int) -> None:
-        """Ends a run that a signal interrupted, once its checkpoint is whole."""
-        self.checkpointer.wait()
-        self.console.message(f"stopped at step {self.step}, saved; the same command goes on from there")
-        raise Interrupted(number)
-
-
-def check_finite(config: RunConfig, step: int, metrics: dict[str, float], precision: Precision) -> None:
-    """Raises UserError for a loss that is no number, and for such a gradient unless the loss scale takes care
-    of it."""
-    names = ("loss",) if precision == "float16" else ("loss", "grad_norm")
-    for name in names:
-        if not math.isfinite(metrics[name]):
-            raise UserError(
-                f"the {name} of step {step} is {metrics[name]}, expected a number; nothing of this step is "
-                "saved: start again with a smaller --optim.max-learning-rate in another --run-dir, from the "
-                f"last checkpoint's parameters with --init.run-dir {config.run_dir} if there is one"
-            )
-
-
-def falls_on(interval: int | None, step: int) -> bool:
-    """Whether something done every `interval` steps is done after `step`."""
-    return interval is not None and step % interval == 0
+def settings_of(config: RunConfig) -> dict[str, str]:
+    """The config as what ranks have to agree on; where its data lie may differ from machine to machine."""
+    values = to_json(config)
+    values["data"].pop("path")
+    return {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in values.items()}
 
 
 def make_schedule(config: RunConfig) -> optim.Schedule:
@@ -320,10 +185,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device called `name`, or the GPU where there is one. Raises UserError for one that is not here."""
+def choose_device(name: str | None, place: World) -> torch.device:
+    """The device called `name`, or the GPU where there is one; each process of a machine has a GPU of its own.
+
+    Raises UserError for one that is not here.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and place.size > 1:
+        name = f"cuda:{place.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -349,47 +219,43 @@ def can_compile(device: torch.device, console: Console) -> bool:
     return False
 
 
-def batch_spec(config: RunConfig) -> BatchSpec:
+def batch_spec(config: RunConfig, place: World) -> BatchSpec:
     """How the steps of `config` are cut. Raises UserError where the total batch does not divide."""
     return BatchSpec(
         block_size=config.model.block_size,
         batch_size=config.data.batch_size,
         total_batch_size=config.data.total_batch_size,
         seed=config.train.seed,
+        process_index=place.rank,
+        process_count=place.size,
     )
 
 
 def fit(
-    config: RunConfig, spec: BatchSpec, hardware: perf.Hardware, precision: Precision, console: Console
+    config: RunConfig, spec: BatchSpec, hardware: perf.Hardware, precision: Precision, shards: int = 1
 ) -> BatchSpec:
-    """`spec` with microsteps that the device's free memory holds, the same tokens a step; says so if it
-    changed."""
+    """`spec` with microsteps that the device's free memory holds, the same tokens a step."""
     batch_size = perf.fit_batch_size(
         config.model,
         batch_size=spec.batch_size,
         block_size=spec.block_size,
         precision=precision,
-        loss_chunk_tokens=DEFAULT_CHUNK_TOKENS,
+        loss_chunk_tokens=chunk_tokens_of(hardware.device.type),
         available_bytes=hardware.available_bytes,
+        shards=shards,
     )
-    if batch_size == spec.batch_size:
-        return spec
-    smaller = dataclasses.replace(spec, batch_size=batch_size)
-    console.message(
-        f"{spec.batch_size} sequences in a microstep do not fit {hardware.name}: "
-        f"{batch_size} at a time and {smaller.accumulation} microsteps instead of {spec.accumulation}"
-    )
-    return smaller
+    return dataclasses.replace(spec, batch_size=batch_size)
 
 
 def smaller_microsteps(spec: BatchSpec, *, steps_done: int, error: Exception) -> BatchSpec:
     """`spec` with half the sequences in a microstep (or the largest divisor below), the same tokens a step.
 
-    Raises UserError from `error` where there is nothing to divide, and after the first step, which needs no
-    less memory than the others: there something else takes it.
+    Raises UserError from `error` where there is nothing to divide, after the first step, which needs no less
+    memory than the others (there something else takes it), and on one of several processes, since the others
+    are in the middle of the step.
     """
     size = spec.batch_size
-    if steps_done or size == 1:
+    if steps_done or size == 1 or spec.process_count > 1:
         raise UserError(
             f"out of memory after {steps_done} steps with {size} sequences in a microstep; free memory or "
             f"set a smaller {'--data.batch-size' if size > 1 else '--model.*'}, and start the same command "
@@ -399,11 +265,13 @@ def smaller_microsteps(spec: BatchSpec, *, steps_done: int, error: Exception) ->
     return dataclasses.replace(spec, batch_size=smaller)
 
 
-def starting_state(plan: Plan, optimizer: optim.Transform, checkpointer: Checkpointer) -> TrainState:
+def starting_state(
+    plan: Plan, optimizer: optim.Transform, checkpointer: Checkpointer, mesh: sharding.DeviceMesh | None
+) -> TrainState:
     """The state that the run starts with: from its checkpoint, from another run's parameters, or fresh."""
     config, device = plan.config, plan.hardware.device
     generator = torch.Generator(device).manual_seed(config.train.seed)
-    state = init_state(config.model, optimizer, generator)
+    state = init_state(config.model, optimizer, generator, mesh=mesh)
     if plan.start:
         return checkpointer.restore(plan.start, like=state)
     if config.init.run_dir is None:
@@ -414,7 +282,8 @@ def starting_state(plan: Plan, optimizer: optim.Transform, checkpointer: Checkpo
             f"{config.init.run_dir} holds another model: {differences[0]}; set --model.* to its shape or "
             f"choose another --init.run-dir"
         )
-    return state._replace(params={name: params[name].to(device) for name in state.params})
+    own = {name: params[name].to(device) for name in state.params}
+    return state._replace(params=own if mesh is None else tree.map(lambda p: sharding.place(p, mesh), own))
 
 
 def make_trackers(plan: Plan, console: Console) -> Trackers:
@@ -432,20 +301,6 @@ def make_trackers(plan: Plan, console: Console) -> Trackers:
     return Trackers(console, lines, wandb)
 
 
-def copy_to_host(metrics: Metrics) -> Callable[[], dict[str, float]]:
-    """Starts to copy the metrics of a step and returns what waits for them: that step alone, not the ones
-    after it."""
-    host = {name: value.to("cpu", non_blocking=True) for name, value in metrics.items()}
-    copied = torch.cuda.current_stream().record_event() if metrics["loss"].is_cuda else None
-
-    def read() -> dict[str, float]:
-        if copied is not None:
-            copied.synchronize()
-        return {name: float(value) for name, value in host.items()}
-
-    return read
-
-
 @contextlib.contextmanager
 def full_disk_in_a_sentence(run_dir: Path) -> Iterator[None]:
     """Raises UserError where the disk has no more room for what a run writes."""
@@ -458,26 +313,3 @@ def full_disk_in_a_sentence(run_dir: Path) -> Iterator[None]:
             f"no more room to write in {run_dir} ({error.strerror}); free some and start the same command "
             f"again, which goes on from the last checkpoint"
         ) from error
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list that receives the number of a SIGINT or SIGTERM; a second one ends the program as it would
-    have."""
-    caught: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
-
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    is_main = threading.current_thread() is threading.main_thread()
-    try:
-        for number in before if is_main else ():
-            signal.signal(number, handle)
-        yield caught
-    finally:
-        for number, handler in before.items() if is_main else ():
-            signal.signal(number, handler)

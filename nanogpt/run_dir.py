@@ -24,6 +24,7 @@ CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.pn
 FREE_TO_CHANGE = {
     "data": {"path", "batch_size"},
     "train": {"stop_after", "device", "compile", "attention"},
+    "mesh": None,
     "eval": None,
     "checkpoint": None,
     "track": None,

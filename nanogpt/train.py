@@ -3,17 +3,19 @@
 No clock, file, rank or print in here: the caller owns every effect.
 """
 
-import types
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from nanogpt import optim, tree
+from nanogpt import sharding, tree
 from nanogpt.data import Batch
 from nanogpt.errors import UserError
+from nanogpt.graph import as_one_graph
 from nanogpt.loss import DEFAULT_CHUNK_TOKENS, HeadLoss, chunk_loss, chunk_loss_and_grads, head_loss
 from nanogpt.model import (
     Attention,
@@ -28,8 +30,8 @@ from nanogpt.model import (
     init,
     padded_head,
 )
-from nanogpt.optim import LossScaleState, OptState, Scaling, Transform, apply_updates
-from nanogpt.tree import Tree
+from nanogpt.optim import LossScaleState, OptState, Transform
+from nanogpt.update import make_update
 
 Precision = Literal["bfloat16", "float16", "float32"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -39,8 +41,11 @@ Metrics = dict[str, Tensor]
 """0-d fp32 tensors that still live on the device: "loss" and "grad_norm" (before clipping)."""
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-Loss = Callable[[Params, Tensor, Tensor, Tensor, Tensor], Tensor]
-Update = Callable[[Params, OptState, Params], tuple[Params, OptState]]
+CallBlock = Callable[..., Tensor]
+"""`(layer, function, *arguments)` to `function(parameters of that block, *arguments)`."""
+
+Loss = Callable[..., Tensor]
+"""What `make_loss` makes."""
 ValueAndGrad = Callable[[Params, Batch, Int[Tensor, ""], Float[Tensor, ""]], tuple[Float[Tensor, ""], Params]]
 EvalStep = Callable[[Params, Batch], Float[Tensor, ""]]
 
@@ -53,9 +58,12 @@ class TrainState(NamedTuple):
     opt_state: OptState
 
 
-def init_state(config: GPT2Config, optimizer: Transform, generator: torch.Generator) -> TrainState:
-    """Step 0 with fresh parameters, on the generator's device."""
-    params = init(config, generator)
+def init_state(
+    config: GPT2Config, optimizer: Transform, generator: torch.Generator, *, mesh: DeviceMesh | None = None
+) -> TrainState:
+    """Step 0 with fresh parameters, on the generator's device; on a mesh the same ones, rows of each here."""
+    place = functools.partial(sharding.place, mesh=mesh) if mesh else lambda leaf: leaf
+    params = init(config, generator, place=place)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
     return TrainState(step, params, optimizer.init(params))
 
@@ -64,11 +72,12 @@ def make_train_step(
     config: GPT2Config,
     optimizer: Transform,
     *,
-    mesh: None = None,
+    mesh: DeviceMesh | None = None,
     precision: Precision = "bfloat16",
     seed: int = 0,
     attention: Attention = "auto",
     loss_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    reshard_after_forward: bool = False,
     donate: bool = False,
     compile: bool = True,
 ) -> TrainStep:
@@ -78,11 +87,18 @@ def make_train_step(
     together with the step and the microstep. With `donate` the new state takes over the memory of the old
     one, which must not be read again (as `donate_argnums` in JAX). With `compile` the step is made of a few
     graphs, each compiled at its first call and used for every layer; without, the same code runs eagerly, and
-    `torch.compile(step, fullgraph=True)` makes one graph of it, in minutes.
+    `torch.compile(step, fullgraph=True)` makes one graph of it, in minutes. On a `mesh` the state is of
+    DTensors, the batch is this rank's part of it, and the metrics are of all ranks.
     """
     check_precision(precision)
     value_and_grad = make_value_and_grad(
-        config, precision=precision, attention=attention, loss_chunk_tokens=loss_chunk_tokens, compile=compile
+        config,
+        mesh=mesh,
+        precision=precision,
+        attention=attention,
+        loss_chunk_tokens=loss_chunk_tokens,
+        reshard_after_forward=reshard_after_forward,
+        compile=compile,
     )
     update = make_update(optimizer, donate=donate, compile=compile)
 
@@ -90,7 +106,7 @@ def make_train_step(
         key = fold_in(torch.full_like(state.step, seed), state.step)
         scale = loss_scale(state.opt_state, precision)
         loss, grads = value_and_grad(state.params, batch, key, scale)
-        metrics = {"loss": loss, "grad_norm": tree.global_norm(grads) / scale}
+        metrics = {"loss": loss, "grad_norm": sharding.whole(tree.global_norm(grads)) / scale}
         params, opt_state = update(grads, state.opt_state, state.params)
         step = state.step.add_(1) if donate else state.step + 1
         return TrainState(step, params, opt_state), metrics
@@ -101,18 +117,24 @@ def make_train_step(
 def make_value_and_grad(
     config: GPT2Config,
     *,
+    mesh: DeviceMesh | None = None,
     precision: Precision = "bfloat16",
     attention: Attention = "auto",
     loss_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    reshard_after_forward: bool = False,
     compile: bool = False,
 ) -> ValueAndGrad:
     """`(params, batch, dropout_key, scale) -> (loss, gradients of scale * loss)` over all microbatches.
 
-    Loss and gradients are fp32 and have the names of `params`.
+    Loss and gradients are fp32 and have the names of `params`. On a `mesh` they are means over the ranks'
+    batches, and gradients are laid out as `params`.
     """
     loss = make_loss(
         config, precision=precision, attention=attention, loss_chunk_tokens=loss_chunk_tokens, compile=compile
     )
+    if mesh is not None:
+        bound = bind(config, mesh, precision=precision, reshard_after_forward=reshard_after_forward)
+        return make_sharded_value_and_grad(loss, bound, mesh.get_rank())
     grad_and_value = (taped_grad_and_value if compile else torch.func.grad_and_value)(loss)
 
     def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
@@ -129,13 +151,47 @@ def make_value_and_grad(
     return value_and_grad
 
 
+def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, rank: int) -> ValueAndGrad:
+    """The body of `make_value_and_grad` on a mesh: bind, backward, collect.
+
+    `torch.func` sees neither into DTensors nor what FSDP2 computes with. Every rank drops other features.
+    """
+
+    def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
+        A, key, total = len(batch.inputs), fold_in(key, rank), torch.zeros_like(scale)
+        bound.bind(params)
+        for a, (inputs, targets) in enumerate(zip(*batch, strict=True)):
+            bound.reduce_gradients(a == A - 1)
+            arguments = inputs, targets, fold_in(key, a), scale / A, bound.call_block
+            value = bound.call(loss, *arguments)
+            value.backward()
+            total = total + value.detach()
+        return sharding.mean_over_ranks(total) / scale, bound.collect()
+
+    return value_and_grad
+
+
+def bind(
+    config: GPT2Config, mesh: DeviceMesh, *, precision: Precision, reshard_after_forward: bool = False
+) -> sharding.Bound:
+    """FSDP2's modules for the parameters of `config`, a block each and one for the rest."""
+    shapes: Params = dict(config.skeleton.named_parameters())
+    return sharding.Bound(
+        shapes,
+        *block_names(shapes),
+        mesh,
+        dtype=DTYPES[precision],
+        reshard_after_forward=reshard_after_forward,
+    )
+
+
 def make_loss(
     config: GPT2Config, *, precision: Precision, attention: Attention, loss_chunk_tokens: int, compile: bool
 ) -> Loss:
     """`(params, inputs, targets, dropout_key, scale) -> scale * mean loss` of one microbatch, differentiable.
 
     With `compile` two graphs do nearly all of it: one block, which every layer calls with its own parameters,
-    and one chunk of the head.
+    and one chunk of the head. A sixth argument calls blocks with parameters that are not in `params`.
     """
     dtype, _ = DTYPES[precision], config.skeleton
 
@@ -147,9 +203,18 @@ def make_loss(
         block, chunk = as_one_graph(block), as_one_graph(chunk)
     settings = dict(vocab_size=config.vocab_size, chunk_tokens=loss_chunk_tokens, chunk=chunk)
 
-    def loss(params: Params, inputs: Tensor, targets: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+    def loss(
+        params: Params,
+        inputs: Tensor,
+        targets: Tensor,
+        key: Tensor,
+        scale: Tensor,
+        call_block: CallBlock | None = None,
+    ) -> Tensor:
+        call = call_block or from_tree(params)
+
         def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
-            return block(block_params(params, layer), x, block_key(key, layer) if config.dropout else None)
+            return call(layer, block, x, block_key(key, layer) if config.dropout else None)
 
         features = apply_trunk(
             cast_outside(params, dtype), inputs, config, dropout_key=key, through_block=through_block
@@ -158,6 +223,11 @@ def make_loss(
         return HeadLoss.apply(features, params["wte.weight"], targets, scale, head, settings)[0]
 
     return loss
+
+
+def from_tree(params: Params) -> CallBlock:
+    """Calls a function with the parameters that a block has in `params`."""
+    return lambda layer, function, *arguments: function(block_params(params, layer), *arguments)
 
 
 def taped_grad_and_value(function: Callable[..., Tensor]) -> Callable[..., tuple[Params, Tensor]]:
@@ -171,22 +241,6 @@ def taped_grad_and_value(function: Callable[..., Tensor]) -> Callable[..., tuple
         return dict(zip(leaves, grads, strict=True)), value.detach()
 
     return grad_and_value
-
-
-def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled at its first call, with a count of recompilations of its own.
-
-    torch.compile keeps graphs by code object. Without a copy of it two steps made of one source would share
-    them, and with the ninth model in a process the limit of recompilations would be reached.
-    """
-    own = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def cast(params: Params, dtype: torch.dtype) -> Params:
@@ -203,89 +257,55 @@ def cast_outside(params: Params, dtype: torch.dtype) -> Params:
     return {name: leaf if name in EMBEDDINGS else leaf.to(dtype) for name, leaf in outside.items()}
 
 
-def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
-    """`(grads, opt_state, params) -> (params, opt_state)`; with `donate` in the memory of the old ones.
-
-    With `compile` an optimizer that `optim.split` can take apart, as clipped AdamW, goes through the tree
-    block by block: one graph reads a block's gradients, moments and parameters once, writes them once, and
-    serves all layers. Any other optimizer runs eagerly.
-    """
-    parts = optim.split(optimizer) if compile else None
-    if parts is not None:
-        return make_update_by_block(*parts, donate=donate)
-
-    def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        new = apply_updates(params, updates), new_opt_state
-        return tree.overwrite((params, opt_state), new) if donate else new
-
-    return update
-
-
-def make_update_by_block(scaling: Scaling | None, leafwise: Transform, *, donate: bool) -> Update:
-    """The compiled body of `make_update`."""
-
-    def update_part(factor: Tensor, grads: Params, opt_state: OptState, params: Params):
-        updates = tree.map(lambda g: g * factor, grads)
-        updates, new_opt_state = leafwise.update(updates, opt_state, params)
-        new = apply_updates(params, updates), new_opt_state
-        return tree.overwrite_slots((params, opt_state), new, params) if donate else new
-
-    update_block, update_outside = as_one_graph(update_part), as_one_graph(update_part)
-
-    def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
-        state = opt_state if scaling is None else opt_state[1:]
-        factor = ones_like(params) if scaling is None else scaling.factor(grads)
-        blocks, outside = block_names(params)
-        parts = []
-        for names in (*blocks, outside):
-            part = [tree.pick(whole, params, names) for whole in (grads, state, params)]
-            parts.append((names, (update_outside if names is outside else update_block)(factor, *part)))
-        new_params, new_state = tree.join((params, state), params, parts)
-        if donate:  # slots are in their old place already; a count, which all parts have read, is not
-            new_params, new_state = tree.overwrite((params, state), (new_params, new_state))
-        return new_params, new_state if scaling is None else (opt_state[0], *new_state)
-
-    return update
-
-
 def make_eval_step(
     config: GPT2Config,
     *,
+    mesh: DeviceMesh | None = None,
     precision: Precision = "bfloat16",
     attention: Attention = "auto",
     loss_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     compile: bool = True,
 ) -> EvalStep:
-    """`(params, batch) -> summed loss` of all targets but those of -100, by the training step's network."""
+    """`(params, batch) -> summed loss` of all targets but those of -100, by the training step's network.
+
+    On a `mesh` `batch` is this rank's part, and the sum is over all ranks.
+    """
     check_precision(precision)
     dtype, _ = DTYPES[precision], config.skeleton
 
     def block(params: Params, x: Tensor) -> Tensor:
         return apply_block(cast(params, dtype), x, config, attention=attention)
 
-    summed = chunk_loss
+    chunk = chunk_loss
     if compile:
-        block, summed = as_one_graph(block), as_one_graph(summed)
+        block, chunk = as_one_graph(block), as_one_graph(chunk)
+
+    def summed_loss(
+        params: Params, inputs: Tensor, targets: Tensor, call_block: CallBlock | None = None
+    ) -> Tensor:
+        call = call_block or from_tree(params)
+
+        def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
+            return call(layer, block, x)
+
+        return head_loss(
+            apply_trunk(cast_outside(params, dtype), inputs, config, through_block=through_block),
+            padded_head(params, config).to(dtype),
+            targets,
+            vocab_size=config.vocab_size,
+            chunk_tokens=loss_chunk_tokens,
+            chunk=chunk,
+        )
+
+    bound = bind(config, mesh, precision=precision) if mesh else None
 
     @torch.no_grad()
     def eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
-        def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
-            return block(block_params(params, layer), x)
-
-        head = padded_head(params, config).to(dtype)
-        total = torch.zeros((), device=head.device)
-        for inputs, targets in zip(*batch, strict=True):
-            features = apply_trunk(cast_outside(params, dtype), inputs, config, through_block=through_block)
-            total = total + head_loss(
-                features,
-                head,
-                targets,
-                vocab_size=config.vocab_size,
-                chunk_tokens=loss_chunk_tokens,
-                chunk=summed,
-            )
-        return total
+        if bound is None:
+            return torch.stack([summed_loss(params, *part) for part in zip(*batch, strict=True)]).sum()
+        bound.bind(params)
+        losses = [bound.call(summed_loss, *part, bound.call_block) for part in zip(*batch, strict=True)]
+        return sharding.sum_over_ranks(torch.stack(losses).sum())
 
     return eval_step
 
@@ -307,9 +327,4 @@ def loss_scale(opt_state: OptState, precision: Precision) -> Float[Tensor, ""]:
         raise UserError(
             "float16 gradients underflow without loss scaling; wrap the optimizer in dynamic_loss_scale"
         )
-    return ones_like(opt_state)
-
-
-def ones_like(something: Tree) -> Float[Tensor, ""]:
-    """The number 1 on the device of a tree."""
-    return torch.ones((), device=tree.leaves(something)[0].device)
+    return torch.ones((), device=tree.leaves(opt_state)[0].device)

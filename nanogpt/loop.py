@@ -1,0 +1,270 @@
+"""The steps of a run, and what happens between them."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nanogpt import optim, perf, sharding
+from nanogpt.checkpoint import Checkpointer
+from nanogpt.config import RunConfig
+from nanogpt.data import Batch, batch_at, batch_hash, prefetch
+from nanogpt.errors import UserError
+from nanogpt.evals import validation_batches, validation_loss, validation_windows
+from nanogpt.plan import Plan
+from nanogpt.plot import draw_loss
+from nanogpt.processes import Team
+from nanogpt.run_dir import METRICS, PICTURE, describe
+from nanogpt.sample import generate, text_of
+from nanogpt.tracker import Console, Tracker
+from nanogpt.train import Metrics, Precision, TrainState, make_eval_step, make_train_step
+
+
+class RunResult(NamedTuple):
+    """How a run ended."""
+
+    state: TrainState | None
+    """The last state; None where the run was finished before."""
+    step: int
+    loss: float | None
+    val_loss: float | None
+    run_dir: Path
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the state is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+@dataclasses.dataclass
+class Loop:
+    """The steps of a run, and what happens between them; every rank of a mesh does the same, in one order."""
+
+    plan: Plan
+    optimizer: optim.Transform
+    schedule: optim.Schedule
+    checkpointer: Checkpointer
+    trackers: Tracker
+    console: Console
+    team: Team
+    mesh: sharding.DeviceMesh | None = None
+    step: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    evaluated_at: int | None = None
+    hashes: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Of batches that have been read and not yet logged, by step."""
+
+    def run(self, state: TrainState, caught: Sequence[int]) -> RunResult:
+        """The planned steps from `state` on; a signal's number in `caught` ends them after the one at hand,
+        saved."""
+        plan, config = self.plan, self.plan.config
+        choices: dict[str, Any] = dict(
+            mesh=self.mesh,
+            precision=plan.precision,
+            attention=config.train.attention,
+            loss_chunk_tokens=plan.loss_chunk_tokens,
+            compile=plan.compile,
+        )
+        resharding = config.mesh.reshard_after_forward
+        train_step = make_train_step(
+            config.model,
+            self.optimizer,
+            seed=config.train.seed,
+            reshard_after_forward=resharding,
+            donate=True,
+            **choices,
+        )
+        self.eval_step = make_eval_step(config.model, **choices)
+        self.step, pending = plan.start, None
+        runs_ahead = plan.hardware.device.type == "cuda"  # elsewhere a step has ended when its call returns
+        self.read_at = time.perf_counter()
+        with contextlib.closing(self.batches()) as batches:
+            for batch in batches:
+                self.team.step(self.step + 1)
+                state, metrics = train_step(state, batch)
+                reading = copy_to_host(metrics)
+                if pending is not None:  # the step before: its numbers are here while this one still runs
+                    self.report(self.step, pending())
+                self.step, pending = self.step + 1, reading
+                stop, self.hashes[self.step] = self.agree(caught)  # asked once: a later signal waits a step
+                is_last = bool(stop) or self.step == plan.last
+                if not runs_ahead or is_last or self.is_due():
+                    self.report(self.step, pending())
+                    pending = None
+                if is_last or self.is_due():
+                    self.between_steps(state, is_last=is_last)
+                if is_last and self.step < plan.last:
+                    self.stop(stop)
+        return RunResult(state, self.step, self.loss, self.val_loss, config.run_dir)
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """The batches of the planned steps, on the device."""
+        plan = self.plan
+
+        def read(step: int) -> Batch:
+            batch = batch_at(plan.dataset.train, step, plan.spec)
+            self.hashes[step + 1] = batch_hash(batch, step, plan.spec)
+            return batch
+
+        return prefetch(read, range(plan.start, plan.last), plan.hardware.device)
+
+    def agree(self, caught: Sequence[int]) -> tuple[int, int]:
+        """(a signal that some rank has caught or 0, hash of the step's whole batch), equal on all ranks."""
+        own = (max(caught, default=0), self.hashes.pop(self.step))
+        if self.mesh is None:
+            return own
+        stop, whole_hash = sharding.sums_over_ranks(*own)
+        return (max(caught, default=0) or signal.SIGTERM if stop else 0), whole_hash
+
+    def is_due(self) -> bool:
+        """Whether anything but training is to be done after this step."""
+        groups = (self.plan.config.eval, self.plan.config.checkpoint, self.plan.config.sample)
+        return any(falls_on(group.interval, self.step) for group in groups)
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Logs a step's numbers; raises UserError where they show that the parameters are lost."""
+        now = time.perf_counter()
+        seconds, self.read_at = now - self.read_at, now
+        self.loss = metrics["loss"]
+        tokens_per_second = self.plan.spec.total_batch_size / seconds
+        flops = tokens_per_second * perf.flops_per_token(self.plan.config.model, self.plan.spec.block_size)
+        self.trackers.log(
+            {
+                "step": step,
+                "loss": self.loss,
+                "learning_rate": float(self.schedule(torch.tensor(step - 1))),
+                "grad_norm": metrics["grad_norm"],
+                "tokens_per_second": tokens_per_second,
+                "mfu": flops / (self.plan.peak_flops * self.plan.spec.process_count),
+                "seconds": seconds,
+                "batch_hash": f"{self.hashes.pop(step):016x}",
+            }
+        )
+        check_finite(self.plan.config, step, metrics, self.plan.precision)
+
+    def between_steps(self, state: TrainState, *, is_last: bool) -> None:
+        """Evaluation, sample, checkpoint and picture, whichever fall on this step; all of them at the run's
+        end."""
+        is_end = self.step == self.plan.config.train.max_steps
+        if is_end or falls_on(self.plan.config.eval.interval, self.step):
+            self.evaluate(state)
+        if is_end or falls_on(self.plan.config.sample.interval, self.step):
+            self.write_sample(state)
+        if is_last or falls_on(self.plan.config.checkpoint.interval, self.step):
+            about = describe(self.plan.config, self.plan.dataset, self.plan.precision)
+            fresh = self.val_loss if self.evaluated_at == self.step else None
+            self.checkpointer.save(self.step, state, metadata=about, val_loss=fresh)
+            run_dir = self.plan.config.run_dir
+            if self.team.world.rank == 0:
+                draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
+        self.read_at = time.perf_counter()  # tokens per second are of training alone
+
+    def evaluate(self, state: TrainState) -> None:
+        """Logs the loss on the validation text."""
+        spec, tokens, count = self.plan.spec, self.plan.dataset.val, self.plan.config.eval.tokens
+        batches = validation_batches(
+            tokens,
+            token_count=count,
+            batch_size=spec.batch_size,
+            block_size=spec.block_size,
+            device=self.plan.hardware.device,
+            process_index=spec.process_index,
+            process_count=spec.process_count,
+        )
+        targets = spec.block_size * validation_windows(tokens, token_count=count, block_size=spec.block_size)
+        self.val_loss = validation_loss(self.eval_step, state.params, batches, count=targets)
+        self.evaluated_at = self.step
+        self.trackers.log({"step": self.step, "val_loss": self.val_loss})
+
+    def write_sample(self, state: TrainState) -> None:
+        """Logs a text that the model writes, the same draw for the same (seed, step)."""
+        plan, settings, tokenizer = self.plan, self.plan.config.sample, self.plan.dataset.tokenizer
+        if tokenizer is None:
+            return
+        params = state.params if self.mesh is None else sharding.whole_on_first_rank(state.params)
+        if params is None:  # rank 0 writes
+            return
+        device = plan.hardware.device
+        tokens = generate(
+            params,
+            plan.config.model,
+            torch.tensor([tokenizer.encode(settings.prompt)], device=device),
+            max_new_tokens=settings.tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            generator=torch.Generator(device).manual_seed(plan.config.train.seed + self.step),
+        )
+        self.trackers.log({"step": self.step, "sample": text_of(tokens[0], tokenizer)})
+
+    def stop(self, number: int) -> None:
+        """Ends a run that a signal interrupted, once its checkpoint is whole."""
+        self.checkpointer.wait()
+        self.console.message(f"stopped at step {self.step}, saved; the same command goes on from there")
+        raise Interrupted(number)
+
+
+def check_finite(config: RunConfig, step: int, metrics: dict[str, float], precision: Precision) -> None:
+    """Raises UserError for a loss that is no number, and for such a gradient unless the loss scale takes care
+    of it."""
+    names = ("loss",) if precision == "float16" else ("loss", "grad_norm")
+    for name in names:
+        if not math.isfinite(metrics[name]):
+            raise UserError(
+                f"the {name} of step {step} is {metrics[name]}, expected a number; nothing of this step is "
+                "saved: start again with a smaller --optim.max-learning-rate in another --run-dir, from the "
+                f"last checkpoint's parameters with --init.run-dir {config.run_dir} if there is one"
+            )
+
+
+def falls_on(interval: int | None, step: int) -> bool:
+    """Whether something done every `interval` steps is done after `step`."""
+    return interval is not None and step % interval == 0
+
+
+def copy_to_host(metrics: Metrics) -> Callable[[], dict[str, float]]:
+    """Starts to copy the metrics of a step and returns what waits for them: that step alone, not the ones
+    after it."""
+    host = {name: value.to("cpu", non_blocking=True) for name, value in metrics.items()}
+    copied = torch.cuda.current_stream().record_event() if metrics["loss"].is_cuda else None
+
+    def read() -> dict[str, float]:
+        if copied is not None:
+            copied.synchronize()
+        return {name: float(value) for name, value in host.items()}
+
+    return read
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list that receives the number of a SIGINT or SIGTERM; a second one ends the program as it would
+    have."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        for number in before if is_main else ():
+            signal.signal(number, handle)
+        yield caught
+    finally:
+        for number, handler in before.items() if is_main else ():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""Parameters as a pytree of DTensors: the mesh, placing leaves on it, and FSDP2 bound to a pytree.
+
+FSDP2 computes with parameters of its own modules and ignores, without a word, any others that a functional
+call hands it. So the pytree is bound: its DTensors become the modules' parameters (their storage, no copy),
+functions are called with what FSDP2 gathers, and the gradients are collected into a pytree again.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from nanogpt import tree
+from nanogpt.errors import UserError
+from nanogpt.tree import Tree
+
+Result = TypeVar("Result")
+
+
+def mesh_shape(*, shard: int | None, replicate: int | None, size: int, local_size: int) -> tuple[int, int]:
+    """(replicate, shard): how `size` processes, `local_size` on each machine, are laid out.
+
+    What is not given follows; neither given shards within a machine and replicates across machines. Raises
+    UserError where replicate x shard is not `size`.
+    """
+    if shard is None:
+        shard = size // replicate if replicate else local_size
+    if replicate is None:
+        replicate = size // max(shard, 1)
+    if min(shard, replicate) < 1 or shard * replicate != size:
+        raise UserError(
+            f"a mesh of {replicate} replicas x {shard} shards does not cover {size} processes; set "
+            f"--mesh.shard and --mesh.replicate to numbers whose product is {size}"
+        )
+    return replicate, shard
+
+
+def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
+    """The mesh with axes "replicate" and "shard"; neighbouring ranks share shards.
+
+    Without replicas it has the second axis alone, which spares FSDP2 an all-reduce among one.
+    """
+    if shape[0] == 1:
+        return init_device_mesh(device_type, shape[1:], mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def place(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows of `leaf`, which every rank has: no communication, and the whole leaf may be freed."""
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+    sharded = distribute_tensor(leaf, mesh, placements, src_data_rank=None)
+    own = sharded.to_local()
+    return wrap(own.clone() if own.untyped_storage().nbytes() > own.nbytes else own, sharded)
+
+
+def local(tree_of: Tree) -> Tree:
+    """The tree with this rank's part of each DTensor, in the same memory; other leaves as they are."""
+    return tree.map(lambda leaf: leaf.to_local() if isinstance(leaf, DTensor) else leaf, tree_of)
+
+
+def wrap(own: Tensor, like: Tensor) -> Tensor:
+    """`own` as this rank's part of a DTensor laid out as `like`; `own` itself where `like` is none."""
+    if not isinstance(like, DTensor):
+        return own
+    return DTensor.from_local(
+        own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def whole(leaf: Tensor) -> Tensor:
+    """All of `leaf` on every rank, partial sums added up; a collective where it is a DTensor."""
+    return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
+
+
+def whole_on_first_rank(params: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """All leaves on rank 0, one after the other, and None on the other ranks; a collective."""
+    kept = {}
+    for name, leaf in params.items():
+        gathered = whole(leaf)
+        if dist.get_rank() == 0:
+            kept[name] = gathered
+    return kept or None
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's `value`; a collective."""
+    return sum_over_ranks(value) / dist.get_world_size()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's `value`; a collective."""
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def sums_over_ranks(*values: int) -> list[int]:
+    """Each value's sum over all ranks, modulo 2^63; a collective on the CPU, for what only the host knows."""
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums)
+    return [int(value) % 2**63 for value in sums]
+
+
+class Held(nn.Module):
+    """Some leaves of a pytree as a module that FSDP2 can shard.
+
+    `held(function, *arguments)` is `function(leaves, *arguments)`. A module's parameter may not have a dot in
+    its name, so inside they have slashes.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, leaf in leaves.items():
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(leaf))
+
+    def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        leaves = {name.replace("/", "."): leaf for name, leaf in self.named_parameters(recurse=False)}
+        return function(leaves, *arguments)
+
+
+class Bound:
+    """FSDP2's modules for a pytree of DTensors: `bind` it, `call` functions with it, `collect` gradients."""
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Tensor],
+        blocks: list[dict[str, str]],
+        outside: dict[str, str],
+        mesh: DeviceMesh,
+        *,
+        dtype: torch.dtype,
+        reshard_after_forward: bool = False,
+    ) -> None:
+        """`shapes` are leaves on the meta device, `blocks` and `outside` what `model.block_names` says of them.
+
+        A block is gathered when it is called, in `dtype`; what is outside of the blocks is at the start, in
+        fp32. All gradients are reduced in fp32.
+        """
+        fp32 = torch.float32
+        outer = Held({new: shapes[old] for new, old in outside.items()})
+        held = [Held({new: shapes[old] for new, old in names.items()}) for names in blocks]
+        outer.blocks = nn.ModuleList(held)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=fp32, cast_forward_inputs=False)
+        for block in held:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        policy = MixedPrecisionPolicy(param_dtype=fp32, reduce_dtype=fp32, cast_forward_inputs=False)
+        fully_shard(outer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        self._outer, self._blocks = outer, held
+        self._keys = {old: new.replace(".", "/") for new, old in outside.items()}
+        for layer, names in enumerate(blocks):
+            self._keys |= {old: f"blocks.{layer}.{new.replace('.', '/')}" for new, old in names.items()}
+
+    def bind(self, params: Mapping[str, Tensor]) -> None:
+        """Makes `params` what the next calls compute with."""
+        self._outer.load_state_dict({self._keys[name]: leaf for name, leaf in params.items()}, assign=True)
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(whole leaves outside of the blocks, *arguments)`; what it calls may `call_block`."""
+        return self._outer(function, *arguments)
+
+    def call_block(self, layer: int, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(whole leaves of the block, *arguments)`."""
+        return self._blocks[layer](function, *arguments)
+
+    def reduce_gradients(self, is_last: bool) -> None:
+        """Whether the next backward pass reduces gradients over ranks, with those that earlier ones left."""
+        assert isinstance(self._outer, FSDPModule)
+        self._outer.set_requires_gradient_sync(is_last)
+        self._outer.set_is_last_backward(is_last)
+
+    def collect(self) -> dict[str, Tensor]:
+        """The gradients since the last call, averaged over ranks, as DTensors under the pytree's names."""
+        own = dict(self._outer.named_parameters())
+        grads = {}
+        for name, key in self._keys.items():
+            grad = own[key].grad
+            assert grad is not None, f"{name} took no part in the loss"
+            grads[name], own[key].grad = grad, None
+        return grads
