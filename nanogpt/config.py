@@ -88,7 +88,8 @@ class TrainConfig:
     """What is multiplied in (master weights stay float32); None takes bfloat16 where the device is fast at
     it, else float16 on a GPU, else float32."""
     compile: bool = True
-    """Compile the step into one graph. Without, the same code runs eagerly and starts at once."""
+    """Compile the step: a graph of one block serves all layers. Without, the same code runs eagerly and starts
+    at once."""
     attention: Attention = "auto"
     """Which of PyTorch's attention kernels to use; auto is PyTorch's choice."""
 

@@ -198,10 +198,10 @@ def memory_plan(
 
     Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32. Half precision adds a copy
     of the parameters to compute with. Each of several `shards` keeps its part of these, and the whole
-    parameters and gradients while it computes. Activations are what backward needs of `batch_size` sequences of
-    `block_size` tokens: SAVED_PER_LAYER x n_embd numbers a token and block, one fp32 log-sum-exp a head (no T
-    x T matrix: attention is fused), and the last norm's input and output. Logits are those of one chunk of
-    the loss, BYTES_PER_LOGIT each.
+    parameters and gradients while it computes. Activations are what backward needs of `batch_size`
+    sequences of `block_size` tokens: SAVED_PER_LAYER x n_embd numbers a token and block, one fp32 log-sum-exp
+    a head (no T x T matrix: attention is fused), and the last norm's input and output. Logits are those of
+    one chunk of the loss, BYTES_PER_LOGIT each.
     """
     number = 4 if precision == "float32" else 2
     parameters = 4 * parameter_count(config)

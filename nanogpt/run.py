@@ -135,12 +135,8 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
     spec = team.together(lambda: fit(config, batch_spec(config, team.world), hardware, precision, shape[1]))
     sizes = [int(size) for size in team.gather(str(spec.batch_size))]  # the smallest device decides
     spec = dataclasses.replace(spec, batch_size=min(sizes))
-    if spec.batch_size != config.data.batch_size:
-        before = batch_spec(config, team.world).accumulation
-        console.message(
-            f"{config.data.batch_size} sequences in a microstep do not fit {hardware.name}: "
-            f"{spec.batch_size} at a time and {spec.accumulation} microsteps instead of {before}"
-        )
+    if spec != (wanted := batch_spec(config, team.world)):
+        console.message(cut_in_words(wanted, spec, hardware.name))
     compile = config.train.compile and can_compile(hardware.device, console)
     peak_flops, source = perf.peak_flops(hardware, precision)
     return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
@@ -186,7 +182,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_device(name: str | None, place: World) -> torch.device:
-    """The device called `name`, or the GPU where there is one; each process of a machine has a GPU of its own.
+    """The device called `name`, or the GPU where there is one; of several processes each has its own.
 
     Raises UserError for one that is not here.
     """
@@ -245,6 +241,14 @@ def fit(
         shards=shards,
     )
     return dataclasses.replace(spec, batch_size=batch_size)
+
+
+def cut_in_words(wanted: BatchSpec, cut: BatchSpec, device: str) -> str:
+    """The line that says what memory has changed."""
+    return (
+        f"{wanted.batch_size} sequences in a microstep do not fit {device}: {cut.batch_size} at a time and "
+        f"{cut.accumulation} microsteps instead of {wanted.accumulation}"
+    )
 
 
 def smaller_microsteps(spec: BatchSpec, *, steps_done: int, error: Exception) -> BatchSpec:

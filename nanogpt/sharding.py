@@ -72,6 +72,15 @@ def wrap(own: Tensor, like: Tensor) -> Tensor:
     )
 
 
+def laid_out_as(leaf: Tensor, like: Tensor) -> Tensor:
+    """`leaf` on the mesh as `like` is, whole where that is no DTensor; a collective where it is not yet so."""
+    if not isinstance(leaf, DTensor):
+        return leaf
+    if not isinstance(like, DTensor):
+        return leaf.full_tensor()
+    return leaf.redistribute(placements=like.placements)
+
+
 def whole(leaf: Tensor) -> Tensor:
     """All of `leaf` on every rank, partial sums added up; a collective where it is a DTensor."""
     return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
@@ -136,7 +145,7 @@ class Bound:
         dtype: torch.dtype,
         reshard_after_forward: bool = False,
     ) -> None:
-        """`shapes` are leaves on the meta device, `blocks` and `outside` what `model.block_names` says of them.
+        """`shapes` are leaves on the meta device, `blocks` and `outside` their `model.block_names`.
 
         A block is gathered when it is called, in `dtype`; what is outside of the blocks is at the start, in
         fp32. All gradients are reduced in fp32.

@@ -26,9 +26,10 @@ from nanogpt.checkpoint import Checkpointer
 from nanogpt.config import DataConfig, RunConfig
 from nanogpt.data import BatchSpec
 from nanogpt.errors import UserError
+from nanogpt.loop import RunResult, check_finite
 from nanogpt.model import GPT2Config
-from nanogpt.run import RunResult, check_finite, fit, main, make_optimizer, smaller_microsteps
-from nanogpt.tracker import Console, read_metrics
+from nanogpt.run import cut_in_words, fit, main, make_optimizer, smaller_microsteps
+from nanogpt.tracker import read_metrics
 from nanogpt.train import init_state
 
 ROOT = Path(__file__).parent.parent
@@ -104,22 +105,18 @@ def read_losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records if "loss" in record]
 
 
-# Known defect: compiled, a resumed run differs in its last bits; eagerly it does not.
-@pytest.mark.xfail(strict=False, reason="a compiled run that resumes is not bit for bit yet")
 def test_compiled_once_and_resumed_bit_for_bit(go: Go, tmp_path: Path) -> None:
     torch.compiler.reset()
-    before, one_microstep = (
-        counters["stats"]["unique_graphs"],
-        {"data__total_batch_size": 64, "model__dropout": 0},  # masks make the compilation take minutes
-    )
-    whole = go(tmp_path / "whole", **one_microstep)
-    assert steps_logged(tmp_path / "whole", "val_loss") == steps_logged(tmp_path / "whole", "sample")
+    before = counters["stats"]["unique_graphs"]
+    whole = go(tmp_path / "whole")
     graphs = counters["stats"]["unique_graphs"] - before
-    assert graphs == 2, f"{graphs} graphs were compiled in a run, expected a training and an evaluation step"
-    go(tmp_path / "halves", train__stop_after=10, **one_microstep)
+    # a block, a chunk of the head, AdamW of a block and of the rest; for evaluation the first two once more
+    assert graphs == 4 + 2, f"{graphs} graphs were compiled in a run, expected 6"
+    go(tmp_path / "halves", train__stop_after=10)
     torch.compiler.reset()  # as in a new process
-    second = go(tmp_path / "halves", **one_microstep)
+    second = go(tmp_path / "halves")
     assert differing_leaves(whole, second) == []
+    assert read_losses(tmp_path / "halves") == read_losses(tmp_path / "whole")
 
 
 def test_same_seed_same_bits_and_another_seed_others(go: Go, tmp_path: Path) -> None:
@@ -147,6 +144,7 @@ def test_a_run_leaves_config_metrics_picture_checkpoints_and_samples(go: Go, tmp
         "tokens_per_second",
         "mfu",
         "seconds",
+        "batch_hash",
     ]
     assert steps_logged(tmp_path, "val_loss") == steps_logged(tmp_path, "sample") == [5, 10, 15, 20]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -433,19 +431,18 @@ def test_memory_that_is_gone_after_the_first_step_is_not_answered_by_halving() -
         smaller_microsteps(spec, steps_done=3, error=MemoryError())
 
 
-def test_microsteps_are_cut_to_what_the_device_has_free(capsys: Any) -> None:
+def test_microsteps_are_cut_to_what_the_device_has_free() -> None:
     config = RunConfig(model=GPT2Config.named("gpt2"), data=DataConfig(batch_size=64))
     spec = BatchSpec(block_size=1024, batch_size=64, total_batch_size=524288, seed=0)
     gpu = perf.Hardware(
         torch.device("cpu"), "a GPU", 8, 24 * 10**9, 20 * 10**9, bf16_fast=True, fp16_fast=True
     )
-    cut = fit(config, spec, gpu, "bfloat16", Console(1))
+    cut = fit(config, spec, gpu, "bfloat16")
     assert cut.batch_size < 64
     assert cut.batch_size * cut.accumulation == 64 * 8
-    assert re.fullmatch(
-        rf"64 sequences in a microstep do not fit a GPU: {cut.batch_size} at a time and {cut.accumulation} "
-        r"microsteps instead of 8\n",
-        capsys.readouterr().out,
+    assert cut_in_words(spec, cut, "a GPU") == (
+        f"64 sequences in a microstep do not fit a GPU: {cut.batch_size} at a time and {cut.accumulation} "
+        "microsteps instead of 8"
     )
 
 
