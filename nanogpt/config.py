@@ -88,8 +88,7 @@ class TrainConfig:
     """What is multiplied in (master weights stay float32); None takes bfloat16 where the device is fast at
     it, else float16 on a GPU, else float32."""
     compile: bool = True
-    """Compile the step: a graph of one block serves all layers. Without, the same code runs eagerly and starts
-    at once."""
+    """Compile the step: one block's graph serves all layers. Without, the same code runs eagerly, at once."""
     attention: Attention = "auto"
     """Which of PyTorch's attention kernels to use; auto is PyTorch's choice."""
 
@@ -110,7 +109,7 @@ class MeshConfig:
     """Processes among which parameters and optimizer state are divided, at least 1; 1 is plain data parallel.
     None takes the processes of a machine."""
     replicate: int | None = None
-    """Groups of that size that each hold everything, at least 1; shard x replicate = processes. None
+    """Groups of that size, each with the whole state, at least 1; shard x replicate = processes. None
     follows."""
     reshard_after_forward: bool = False
     """Free a block's gathered parameters between its forward and backward pass: less memory, more traffic."""

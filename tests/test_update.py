@@ -1,0 +1,95 @@
+"""An optimizer applied block by block is the optimizer."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanogpt import optim, tree
+from nanogpt.graph import as_one_graph
+from nanogpt.model import GPT2Config, Params, init
+from nanogpt.optim import Transform, adamw, chain, clip_by_global_norm, dynamic_loss_scale
+from nanogpt.update import make_update
+
+CONFIG = GPT2Config(vocab_size=11, block_size=4, n_layer=3, n_head=1, n_embd=2)
+SCHEDULE = optim.warmup_cosine(0.1, final=0.01, warmup_steps=2, total_steps=9)
+
+
+def only_embeddings(params: Params) -> dict[str, bool]:
+    return {name: name == "wte.weight" for name in params}
+
+
+OPTIMIZERS = {
+    "clip, adamw": chain(clip_by_global_norm(0.5), adamw(SCHEDULE, weight_decay=0.3)),
+    "adamw alone": adamw(SCHEDULE, weight_decay=0.3),
+    "a mask by name": chain(clip_by_global_norm(0.5), adamw(SCHEDULE, decay_mask=only_embeddings)),
+    "clip last": chain(optim.scale_by_adam(0.9, 0.99, 1e-8), clip_by_global_norm(0.5)),
+    "two clips": chain(clip_by_global_norm(0.5), clip_by_global_norm(0.25), adamw(SCHEDULE)),
+    "loss scale": dynamic_loss_scale(chain(clip_by_global_norm(0.5), adamw(SCHEDULE))),
+}
+BY_BLOCK = {"clip, adamw", "adamw alone"}
+
+
+def grads_of(step: int) -> Params:
+    generator = torch.Generator().manual_seed(step)
+    return tree.map(lambda p: torch.randn(p.shape, generator=generator), params_of())
+
+
+def params_of() -> Params:
+    return init(CONFIG, torch.Generator().manual_seed(0))
+
+
+def plain(optimizer: Transform, steps: int) -> Any:
+    params, opt_state = params_of(), optimizer.init(params_of())
+    for step in range(steps):
+        updates, opt_state = optimizer.update(grads_of(step), opt_state, params)
+        params = optim.apply_updates(params, updates)
+    return params, opt_state
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_is_the_optimizers_on_the_whole_tree(name: str, donate: bool) -> None:
+    optimizer = OPTIMIZERS[name]
+    update = make_update(optimizer, donate=donate, compile=False)
+    params, opt_state = given = params_of(), optimizer.init(params_of())
+    before = tree.map(torch.clone, given)
+    for step in range(3):
+        params, opt_state = update(grads_of(step), opt_state, params)
+    expected = plain(optimizer, 3)
+    assert tree.diff((params, opt_state), expected) == []
+    for path, leaf in tree.paths(expected).items():
+        assert torch.equal(tree.paths((params, opt_state))[path], leaf), path
+    same_memory = [a.data_ptr() for a in tree.leaves(given)] == [
+        a.data_ptr() for a in tree.leaves((params, opt_state))
+    ]
+    assert same_memory == donate
+    assert all(map(torch.equal, tree.leaves(given), tree.leaves(before))) != donate
+
+
+def test_which_optimizers_go_block_by_block() -> None:
+    assert {name for name, optimizer in OPTIMIZERS.items() if optim.split(optimizer)} == BY_BLOCK
+
+
+def test_a_part_joined_with_the_others_is_the_tree() -> None:
+    params = {"a": torch.ones(1), "b": torch.zeros(2)}
+    whole = (params, optim.AdamState(torch.tensor(3), params, params))
+    names = [{"x": "b"}, {"x": "a"}]
+    parts = [(part, tree.pick(whole, params, part)) for part in names]
+    assert list(parts[0][1][1].mu) == ["x"]
+    assert int(parts[0][1][1].count) == 3
+    joined = tree.join(whole, params, parts)
+    assert tree.diff(joined, whole) == []
+    assert all(a is b for a, b in zip(tree.leaves(joined), tree.leaves(whole), strict=True))
+
+
+def test_functions_of_one_source_are_compiled_apart() -> None:
+    def adder(number: int) -> Any:
+        def add(x: Tensor) -> Tensor:
+            return x + number
+
+        return as_one_graph(add)
+
+    with torch._dynamo.config.patch(recompile_limit=1):  # together they would be beyond it
+        assert [int(adder(number)(torch.zeros(()))) for number in (1, 2)] == [1, 2]
