@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.plain import plain_gpt2
 from nanogpt import optim
 from nanogpt.data import Batch
 from nanogpt.model import Attention, GPT2Config, init
-from nanogpt.train import DTYPES, Precision, init_state, make_train_step
+from nanogpt.train import DTYPES, Precision, TrainState, init_state, make_train_step
 
 Step = Callable[[Batch], Tensor]
 """Trains on a batch and returns its loss, still on the device. What it trains is its own."""
@@ -47,29 +48,51 @@ class Work:
         return self.accumulation * self.batch_size * self.model.block_size
 
 
-def batches_of(work: Work) -> list[Batch]:
-    """The batches of every contender: random tokens, the same on every device."""
+def batches_of(work: Work, rank: int = 0, size: int = 1) -> list[Batch]:
+    """The batches of every contender: random tokens, the same on every device.
+
+    Of `size` ranks each has rows of its own; a batch of all is that of one process with their sequences.
+    """
     generator = torch.Generator().manual_seed(SEED)
-    shape = (work.accumulation, work.batch_size, work.model.block_size + 1)
+    shape = (work.accumulation, size * work.batch_size, work.model.block_size + 1)
     rows = [torch.randint(work.model.vocab_size, shape, generator=generator) for _ in range(BATCHES)]
+    rows = [row[:, rank * work.batch_size : (rank + 1) * work.batch_size] for row in rows]
     return [
         Batch(row[..., :-1].contiguous().to(work.device), row[..., 1:].contiguous().to(work.device))
         for row in rows
     ]
 
 
-def ours(work: Work) -> Step:
-    """This project's step, as `run` makes it."""
+def make_optimizer(work: Work) -> optim.Transform:
+    """Clip and AdamW as `run` makes them."""
     b1, b2 = BETAS
     optimizer = optim.chain(
         optim.clip_by_global_norm(CLIP_NORM), optim.adamw(SCHEDULE, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
     )
-    if work.precision == "float16":
-        optimizer = optim.dynamic_loss_scale(optimizer)
+    return optim.dynamic_loss_scale(optimizer) if work.precision == "float16" else optimizer
+
+
+def ours(work: Work) -> Step:
+    """This project's step, as `run` makes it."""
+    optimizer = make_optimizer(work)
     state = init_state(work.model, optimizer, torch.Generator(work.device).manual_seed(SEED))
+    return step_of(state, optimizer, work)
+
+
+def step_of(
+    state: TrainState,
+    optimizer: optim.Transform,
+    work: Work,
+    *,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool = False,
+) -> Step:
+    """This project's step from `state` on, which is given away; on a `mesh` a rank's side of it."""
     train_step = make_train_step(
         work.model,
         optimizer,
+        mesh=mesh,
+        reshard_after_forward=reshard_after_forward,
         precision=work.precision,
         attention=work.attention,
         donate=True,

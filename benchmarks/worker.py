@@ -1,14 +1,16 @@
 """One contender in a process of its own, so that its peak memory and its time to first step are its own."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import re
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -49,27 +51,50 @@ class WorkerError(RuntimeError):
     """A contender failed; the message is its traceback."""
 
 
-class Worker:
-    """A contender in its own process: `start` it, let it take turns, ask for its memory, `close` it."""
+class Served:
+    """What `make(*arguments)` makes, in a process of its own: `ask` for its methods, `close` it.
 
-    def __init__(self, contender: str, work: Work, environment: dict[str, str] | None = None) -> None:
+    `environment` is set when that process starts, so before it imports torch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        *arguments: Any,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
-        self.contender = contender
+        self.name = name
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(theirs, contender, work, environment or {}), daemon=True
-        )
-        self._process.start()
+        self._process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
+        with environment_of(environment or {}):
+            self._process.start()
         theirs.close()
 
-    def start(self) -> Started:
-        return Started(*self._ask("start"))
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What the method returns. Raises WorkerError where it failed or the process ended."""
+        self.send(method, *arguments)
+        return self.answer(method)
 
-    def turn(self, steps: int) -> Turn:
-        return Turn(*self._ask("turn", steps))
+    def send(self, method: str, *arguments: Any) -> None:
+        """Calls the method and does not wait: several processes have to meet in it."""
+        self._connection.send((method, *arguments))
 
-    def memory(self) -> Memory:
-        return Memory(*self._ask("memory"))
+    def answer(self, method: str) -> Any:
+        """What the call that was sent returned."""
+        if not self._connection.poll(REPLY_LIMIT_S):
+            raise WorkerError(f"{self.name} gave no answer to {method} within {REPLY_LIMIT_S:.0f} s")
+        try:
+            kind, value = self._connection.recv()
+        except EOFError as error:
+            self._process.join(timeout=10)
+            raise WorkerError(
+                f"{self.name} ended with status {self._process.exitcode}, out of memory perhaps"
+            ) from error
+        if kind == "error":
+            raise WorkerError(f"{self.name} failed:\n{value}")
+        return value
 
     def close(self) -> None:
         if self._process.is_alive():
@@ -79,40 +104,54 @@ class Worker:
             self._process.kill()
         self._connection.close()
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _ask(self, *request: Any) -> Any:
-        self._connection.send(request)
-        if not self._connection.poll(REPLY_LIMIT_S):
-            raise WorkerError(f"{self.contender} gave no answer to {request[0]} within {REPLY_LIMIT_S:.0f} s")
-        try:
-            kind, value = self._connection.recv()
-        except EOFError as error:
-            self._process.join(timeout=10)
-            raise WorkerError(
-                f"{self.contender} ended with status {self._process.exitcode}, out of memory perhaps"
-            ) from error
-        if kind == "error":
-            raise WorkerError(f"{self.contender} failed:\n{value}")
-        return value
+
+class Worker(Served):
+    """A contender in its own process: `start` it, let it take turns, ask for its memory, `close` it."""
+
+    def __init__(self, contender: str, work: Work, environment: dict[str, str] | None = None) -> None:
+        super().__init__(contender, Contestant, contender, work, environment=environment)
+
+    def start(self) -> Started:
+        return self.ask("start")
+
+    def turn(self, steps: int) -> Turn:
+        return self.ask("turn", steps)
+
+    def memory(self) -> Memory:
+        return self.ask("memory")
 
 
-def serve(connection: Connection, contender: str, work: Work, environment: dict[str, str]) -> None:
-    """The worker's side: answers requests until it is ended."""
-    os.environ.update(environment)
-    contestant = Contestant(contender, work)
-    answers = {"start": contestant.start, "turn": contestant.turn, "memory": contestant.memory}
+@contextlib.contextmanager
+def environment_of(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started within."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """The process's side: answers requests until it is ended."""
+    made = None
     while True:
         try:
-            name, *arguments = connection.recv()
+            method, *given = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(("value", tuple(answers[name](*arguments))))
+            made = made or make(*arguments)
+            connection.send(("value", getattr(made, method)(*given)))
         except BaseException:  # of any kind: it is the other side that reports it and goes on
             connection.send(("error", traceback.format_exc()))
             raise
