@@ -73,7 +73,7 @@ def wrap(own: Tensor, like: Tensor) -> Tensor:
 
 
 def laid_out_as(leaf: Tensor, like: Tensor) -> Tensor:
-    """`leaf` on the mesh as `like` is, whole where that is no DTensor; a collective where it is not yet so."""
+    """`leaf` laid out as `like`, whole where that is no DTensor; a collective where it is not so already."""
     if not isinstance(leaf, DTensor):
         return leaf
     if not isinstance(like, DTensor):

@@ -28,6 +28,8 @@ def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
     def update(grads: Params, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new = apply_updates(params, updates), new_opt_state
+        # A count becomes a DTensor, or a leaf another layout, by arithmetic with what all ranks share.
+        new = tree.map(sharding.laid_out_as, new, (params, opt_state))
         return tree.overwrite((params, opt_state), new) if donate else new
 
     return update
