@@ -1,0 +1,269 @@
+"""Training steps on meshes of real processes with gloo: a program that runs all layouts side by side and
+keeps what each rank saw, for test_sharding.py.
+
+It imports torch once and forks the ranks.
+"""
+
+import functools
+import os
+import sys
+import traceback
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from nanogpt import optim, sharding, tree
+from nanogpt.data import Batch, BatchSpec, batch_at
+from nanogpt.evals import validation_batches, validation_loss, validation_windows
+from nanogpt.model import GPT2Config, Params
+from nanogpt.optim import Transform
+from nanogpt.train import TrainState, init_state, make_eval_step, make_train_step, make_value_and_grad
+
+STEPS, SEQUENCES = 6, 12
+CONFIG = GPT2Config(vocab_size=65, block_size=9, n_layer=2, n_head=2, n_embd=14)
+"""Nothing divides by 3 or 4, and the last of four ranks has none of the nine positions."""
+TOKENS = (np.cumsum(np.random.default_rng(0).integers(1, 3, 2000)) % CONFIG.vocab_size).astype("<u2")
+
+
+class Layout(NamedTuple):
+    """How processes share the state."""
+
+    replicate: int
+    shard: int
+    reshard_after_forward: bool = False
+
+
+LAYOUTS = {
+    "1": Layout(1, 1),
+    "2": Layout(1, 2),
+    "3": Layout(1, 3),
+    "4": Layout(1, 4),
+    "2 x 2": Layout(2, 2),
+    "2 replicas": Layout(2, 1),
+    "2, resharded": Layout(1, 2, reshard_after_forward=True),
+}
+
+
+class Seen(NamedTuple):
+    """What one rank saw; what is absent was not done on its layout."""
+
+    accumulation: int
+    placements: set[str]
+    """Those of the leaves of the state, "" for plain tensors."""
+    start: Params
+    """The first parameters, whole."""
+    grads: Params
+    """Of the first batch, whole."""
+    losses: list[float]
+    norms: list[float]
+    """Of the gradient, at each step."""
+    val_losses: list[float]
+    """At the start and at the end."""
+    changed_losses: list[float]
+    """Of the first batch with the first parameters, with others, and with the first ones again."""
+    is_untouched: bool
+    """Whether a step without `donate` left the state that it was given."""
+    is_donated: bool
+    """Whether a step with `donate` wrote the new state where the old one was."""
+    bfloat16_losses: list[float]
+    float16_losses: list[float] | None = None
+    custom_losses: list[float] | None = None
+    """With an optimizer that has to see the whole tree."""
+    compiled_losses: list[float] | None = None
+    graphs: list[int] | None = None
+    """Compiled for them, after each of those steps."""
+    whole_leaves: int | None = None
+    """Most that lived at once while a state was made."""
+    own_bytes: int | None = None
+    """Of this rank's rows of the state."""
+    stored_bytes: int | None = None
+    """Of the memory that holds them."""
+
+
+class Ranked:
+    """A rank of a layout, that trains."""
+
+    def __init__(self, layout: Layout, rank: int) -> None:
+        size = layout.replicate * layout.shard
+        own = SEQUENCES // size
+        self.mesh = sharding.make_mesh("cpu", layout[:2]) if size > 1 else None
+        self.process = dict(process_index=rank, process_count=size)
+        self.spec = BatchSpec(
+            block_size=CONFIG.block_size,
+            batch_size=own if own % 2 else own // 2,
+            total_batch_size=SEQUENCES * CONFIG.block_size,
+            seed=0,
+            **self.process,
+        )
+        self.choices = dict(mesh=self.mesh, reshard_after_forward=layout.reshard_after_forward)
+
+    def batch(self, step: int) -> Batch:
+        return batch_at(TOKENS, step, self.spec)
+
+    def start(self, optimizer: Transform) -> TrainState:
+        return init_state(CONFIG, optimizer, torch.Generator().manual_seed(0), mesh=self.mesh)
+
+    def step(self, optimizer: Transform, precision: Any = "float32", *, donate: bool, compile: bool = False):
+        choices = self.choices | dict(donate=donate, compile=compile)
+        return make_train_step(CONFIG, optimizer, precision=precision, **choices)
+
+    def train(self, optimizer: Transform, precision: str, steps: int, *, compile: bool = False) -> "Trained":
+        step = self.step(optimizer, precision, donate=True, compile=compile)
+        state, every, graphs, before = self.start(optimizer), [], [], counters["stats"]["unique_graphs"]
+        for number in range(steps):
+            state, metrics = step(state, self.batch(number))
+            every.append(metrics)
+            graphs.append(counters["stats"]["unique_graphs"] - before)
+        losses, norms = ([float(metrics[name]) for metrics in every] for name in ("loss", "grad_norm"))
+        return Trained(state, losses, norms, graphs)
+
+    def validate(self, state: TrainState) -> float:
+        windows = dict(token_count=80, block_size=CONFIG.block_size)  # eight: not full on three ranks
+        device = torch.device("cpu")
+        batches = validation_batches(TOKENS, **windows, batch_size=2, device=device, **self.process)
+        count = CONFIG.block_size * validation_windows(TOKENS, **windows)
+        step = make_eval_step(CONFIG, mesh=self.mesh, precision="float32", compile=False)
+        return validation_loss(step, state.params, batches, count=count)
+
+
+class Trained(NamedTuple):
+    """What came of some steps."""
+
+    state: TrainState
+    losses: list[float]
+    norms: list[float]
+    graphs: list[int]
+
+
+def see(layout: Layout, rank: int) -> Seen:
+    """Does everything that is to be seen on a layout, as one of its ranks."""
+    here = Ranked(layout, rank)
+    first = here.start(ADAMW)
+    changed, grads = losses_and_grads(here, first)
+    trained = here.train(ADAMW, "float32", STEPS)
+    seen = Seen(
+        accumulation=here.spec.accumulation,
+        placements={str(getattr(leaf, "placements", "")) for leaf in tree.leaves(trained.state)},
+        start=tree.map(lambda leaf: sharding.whole(leaf).clone(), first.params),
+        grads=tree.map(sharding.whole, grads),
+        losses=trained.losses,
+        norms=trained.norms,
+        val_losses=[here.validate(here.start(ADAMW)), here.validate(trained.state)],
+        changed_losses=changed,
+        is_untouched=leaves_alone(here, first),
+        is_donated=writes_over(here, first),
+        bfloat16_losses=here.train(ADAMW, "bfloat16", 3).losses,
+    )
+    if layout[:2] in ((1, 1), (2, 2)):  # slow where torch's first calls with DTensors are
+        scaled = here.train(optim.dynamic_loss_scale(ADAMW), "float16", 3)
+        custom = here.train(normalized(), "float32", 3)
+        seen = seen._replace(float16_losses=scaled.losses, custom_losses=custom.losses)
+    if layout == LAYOUTS["2"]:
+        compiled = here.train(ADAMW, "float32", 3, compile=True)
+        seen = seen._replace(compiled_losses=compiled.losses, graphs=compiled.graphs)
+    if layout == LAYOUTS["4"]:
+        own = tree.leaves(sharding.local(first))
+        seen = seen._replace(
+            whole_leaves=most_whole_leaves(here),
+            own_bytes=sum(leaf.nbytes for leaf in own),
+            stored_bytes=sum(leaf.untyped_storage().nbytes() for leaf in own),
+        )
+    return seen
+
+
+def losses_and_grads(here: Ranked, state: TrainState) -> tuple[list[float], Params]:
+    value_and_grad = make_value_and_grad(CONFIG, precision="float32", **here.choices)
+
+    def at(params: Params) -> tuple[Tensor, Params]:
+        return value_and_grad(params, here.batch(0), torch.tensor(0), torch.ones(()))
+
+    loss, grads = at(state.params)
+    changed, _ = at(tree.map(lambda leaf: leaf * 1.5, state.params))
+    return [float(loss), float(changed), float(at(state.params)[0])], grads
+
+
+def leaves_alone(here: Ranked, state: TrainState) -> bool:
+    before = tree.map(torch.clone, sharding.local(state))
+    here.step(ADAMW, donate=False)(state, here.batch(0))
+    return all(tree.leaves(tree.map(torch.equal, sharding.local(state), before)))
+
+
+def writes_over(here: Ranked, state: TrainState) -> bool:
+    """To be called last: the state is given away."""
+    before = [leaf.data_ptr() for leaf in tree.leaves(sharding.local(state))]
+    state, _ = here.step(ADAMW, donate=True)(state, here.batch(0))
+    return [leaf.data_ptr() for leaf in tree.leaves(sharding.local(state))] == before
+
+
+def most_whole_leaves(here: Ranked) -> int:
+    """How many whole leaves live at once while a state is made."""
+    place, storages, counts = sharding.place, [], []
+
+    def counting(leaf: Tensor, mesh: sharding.DeviceMesh) -> Tensor:
+        storages.append(weakref.ref(leaf.untyped_storage()))
+        counts.append(sum(storage() is not None for storage in storages))
+        return place(leaf, mesh)
+
+    sharding.place = counting
+    here.start(ADAMW)
+    sharding.place = place
+    return max(counts)
+
+
+SCHEDULE = optim.warmup_cosine(1e-2, final=1e-3, warmup_steps=2, total_steps=40)
+ADAMW = optim.chain(optim.clip_by_global_norm(0.3), optim.adamw(SCHEDULE, weight_decay=0.1))
+
+
+def normalized() -> Transform:
+    """Momentum in steps of one length, which no part of the tree knows, and none for the embeddings."""
+
+    def update(updates: Params, mu: Params, params: Params) -> tuple[Params, Params]:
+        mu = tree.map(lambda m, g: 0.9 * m + g, mu, updates)
+        norm = tree.global_norm(mu)
+        rates = {name: 0.0 if name == "wpe.weight" else -0.3 for name in mu}
+        return tree.map(lambda m, rate: rate * m / norm, mu, rates), mu
+
+    return Transform(lambda params: tree.map(torch.zeros_like, params), update)
+
+
+def fork(folder: Path, name: str, rank: int) -> int:
+    """Starts a rank of a layout and returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    layout = LAYOUTS[name]
+    size = layout.replicate * layout.shard
+    try:
+        if size > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=size)
+        torch.save(tuple(see(layout, rank)), folder / f"{name}-{rank}.pt")
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 (whatever it is, the test shows it)
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def main(folder: Path) -> int:
+    """Runs all ranks and returns how many failed."""
+    pids = [
+        fork(folder, name, rank)
+        for name, layout in LAYOUTS.items()
+        for rank in range(layout.replicate * layout.shard)
+    ]
+    return sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # The code generator of the default backend takes a minute here, and has nothing to do with the mesh.
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    # Before ranks are forked, since it imports much.
+    torch.compile(CONFIG.skeleton.ln_f.forward)(torch.ones(CONFIG.n_embd, device="meta"))
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,158 @@
+"""A step on a mesh is the step of one process: real ranks with gloo, on sizes that do not divide."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sharded_job import LAYOUTS, STEPS, Seen
+
+from nanogpt.errors import UserError
+from nanogpt.sharding import mesh_shape
+
+ROOT = Path(__file__).parent.parent
+MESHES = [name for name in LAYOUTS if name != "1"]
+Every = dict[str, list[Seen]]
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Every:
+    """What each rank of each layout saw."""
+    folder = tmp_path_factory.mktemp("layouts")
+    run = subprocess.run(
+        [sys.executable, ROOT / "tests/sharded_job.py", folder],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    sizes = {name: layout.replicate * layout.shard for name, layout in LAYOUTS.items()}
+    return {
+        name: [Seen(*torch.load(folder / f"{name}-{rank}.pt")) for rank in range(size)]
+        for name, size in sizes.items()
+    }
+
+
+def check_close(got: list[float] | None, expected: list[float] | None, relative: float) -> None:
+    assert got
+    assert got == pytest.approx(expected, rel=relative, abs=0)
+
+
+def test_what_is_not_given_of_a_mesh_follows() -> None:
+    def shape(shard: int | None, replicate: int | None) -> tuple[int, int]:
+        return mesh_shape(shard=shard, replicate=replicate, size=16, local_size=8)
+
+    assert shape(None, None) == (2, 8)  # sharded within a machine, replicated across machines
+    assert shape(1, None) == (16, 1)
+    assert shape(None, 1) == (1, 16)
+    assert shape(4, 4) == (4, 4)
+
+
+@pytest.mark.parametrize(("shard", "replicate"), [(3, None), (None, 3), (2, 2), (32, None), (None, 32)])
+def test_a_mesh_that_is_not_the_processes_is_refused(shard: int | None, replicate: int | None) -> None:
+    with pytest.raises(UserError, match="does not cover 16 processes"):
+        mesh_shape(shard=shard, replicate=replicate, size=16, local_size=8)
+
+
+def test_layouts_differ_in_accumulation_and_placement(every: Every) -> None:
+    assert {name: ranks[0].accumulation for name, ranks in every.items()} == {
+        **{"1": 2, "2": 2, "3": 2, "4": 1, "2 x 2": 1, "2 replicas": 2, "2, resharded": 2}
+    }
+    sharded, both = "(Shard(dim=0),)", "(Replicate(), Shard(dim=0))"
+    assert {name: ranks[0].placements - {""} for name, ranks in every.items()} == {
+        **{"1": set(), "2": {sharded}, "3": {sharded}, "4": {sharded}, "2, resharded": {sharded}},
+        **{"2 x 2": {both}, "2 replicas": {both}},
+    }
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_starts_with_the_parameters_of_one_process_bit_for_bit(every: Every, name: str) -> None:
+    (alone,) = every["1"]
+    for rank in every[name]:
+        assert rank.start.keys() == alone.start.keys()
+        assert [leaf for leaf, value in rank.start.items() if not value.equal(alone.start[leaf])] == []
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients_are_those_of_one_process(every: Every, name: str) -> None:
+    (alone,) = every["1"]
+    for rank in every[name]:
+        assert rank.grads.keys() == alone.grads.keys()
+        errors = {
+            leaf: float((grad - alone.grads[leaf]).norm() / alone.grads[leaf].norm())
+            for leaf, grad in rank.grads.items()
+        }
+        # Sums in another order: 1e-6 at most is seen.
+        assert {leaf: error for leaf, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_losses_and_gradient_norms_are_those_of_one_process_on_every_rank(every: Every, name: str) -> None:
+    (alone,) = every["1"]
+    assert alone.losses[0] - alone.losses[-1] > 0.1  # it learns, or a wrong update would not show
+    for rank in every[name]:
+        assert len(rank.losses) == STEPS
+        check_close(rank.losses, alone.losses, 1e-5)
+        check_close(rank.norms, alone.norms, 1e-5)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_validation_loss_is_that_of_one_process(every: Every, name: str) -> None:
+    (alone,) = every["1"]
+    for rank in every[name]:
+        check_close(rank.val_losses, alone.val_losses, 1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_parameters_changed_by_hand_change_the_loss(every: Every, name: str) -> None:
+    """FSDP2 by itself would compute with its own parameters, whatever it is given."""
+    (alone,) = every["1"]
+    for rank in every[name]:
+        first, changed, again = rank.changed_losses
+        assert abs(changed - first) > 1e-3 * first
+        assert again == first
+        check_close(rank.changed_losses, alone.changed_losses, 1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_state_is_left_alone_unless_it_is_given_away(every: Every, name: str) -> None:
+    for rank in every[name]:
+        assert rank.is_untouched
+        assert rank.is_donated
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_bfloat16_is_close_to_that_of_one_process(every: Every, name: str) -> None:
+    for rank in every[name]:
+        # 8 bits of mantissa, averaged over 108 targets; and another arithmetic than fp32's.
+        check_close(rank.bfloat16_losses, every["1"][0].bfloat16_losses, 1e-3)
+        assert rank.bfloat16_losses != rank.losses[:3]
+
+
+def test_float16_with_loss_scaling_is_close_to_that_of_one_process(every: Every) -> None:
+    for rank in every["2 x 2"]:
+        check_close(rank.float16_losses, every["1"][0].float16_losses, 1e-4)
+
+
+def test_an_optimizer_that_sees_the_whole_tree_does_the_same_on_a_mesh(every: Every) -> None:
+    for rank in every["2 x 2"]:
+        check_close(rank.custom_losses, every["1"][0].custom_losses, 1e-5)
+
+
+def test_compiled_steps_equal_eager_ones_and_are_compiled_once(every: Every) -> None:
+    for rank in every["2"]:
+        check_close(rank.compiled_losses, rank.losses[:3], 1e-6)
+        # A block and a chunk of the head; the update of a block, and of the rest.
+        assert rank.graphs == [4, 4, 4]
+
+
+def test_a_state_is_made_leaf_by_leaf_and_only_the_rows_of_the_rank_stay(every: Every) -> None:
+    total = sum(leaf.nbytes for leaf in every["1"][0].start.values())
+    for rank in every["4"]:
+        assert rank.whole_leaves == 1
+        assert rank.own_bytes is not None
+        assert rank.own_bytes == rank.stored_bytes < total * 3 / 2  # parameters and two moments, in quarters
