@@ -27,6 +27,7 @@ def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
         ("peers", draw_peers, "Each contender's steps (dots) and median (bars)."),
         ("limit", draw_breakdown, "Seconds of a step: the floor, and what was profiled."),
         ("limit", draw_roofline, "The model's products on the measured roofline."),
+        ("sharding", draw_ranks, "Memory of a rank: predicted by kind (hatched), and measured (marks)."),
         ("predict", draw_scaling, "White bars are predictions, not measurements."),
     ]
     found: dict[str, list[tuple[str, str]]] = {}
@@ -144,6 +145,27 @@ def draw_roofline(axes: Axes, result: Result) -> None:
     corner = best / bandwidth
     axes.plot([ends[0], corner, ends[1]], [ends[0] * bandwidth / 1e9, best / 1e9, best / 1e9], color="#888")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
+
+
+def draw_ranks(axes: Axes, result: Result) -> None:
+    """The dry run's kinds at the peak, stacked, and what real processes measured."""
+    rows = result["memory"]
+    bottoms = [0.0] * len(rows)
+    for kind in rows[0]["peak_of_kind"]:
+        sizes = [row["at_peak"].get(kind, 0) / 1e6 for row in rows]
+        if max(sizes) > 0.001 * max(row["predicted_bytes"] for row in rows) / 1e6:
+            axes.bar(range(len(rows)), sizes, bottom=bottoms, label=kind, width=0.5, hatch="///", alpha=0.7)
+            bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
+    for place, row in enumerate(rows):
+        measured = row.get("measured_bytes", [])
+        label = "measured peak" if place == 0 and measured else None
+        axes.plot(
+            [place] * len(measured), [size / 1e6 for size in measured], "k_", markersize=30, label=label
+        )
+    names = ["resharded after forward" if row["reshard_after_forward"] else "kept" for row in rows]
+    axes.set_xticks(range(len(rows)), names)
+    axes.set(ylabel="MB", xlim=(-0.5, len(rows) + 0.8))
+    axes.legend(frameon=False, fontsize=7)
 
 
 def draw_scaling(axes: Axes, result: Result) -> None:

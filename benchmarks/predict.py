@@ -5,7 +5,8 @@ The model: a step's matrix products and attention run at a share of the data she
 work and its optimizer move bytes at a share of the data sheet's bandwidth, and the gradients' all-reduce is a
 ring, hidden behind backward as far as that lasts. Every row says whether it is measured, published, claimed
 or predicted; predictions carry the model's error on the published runs, and a measured row says how far the
-model was from it.
+model was from it. Memory is that of a rank in `benchmarks.dry_run`, which `python -m benchmarks.sharding`
+compares with real processes.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,8 +15,11 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from benchmarks import dry_run
+from benchmarks.contenders import Work
 from benchmarks.measure import facts, finish, one_line_errors, read_result, table
 from nanogpt import perf
+from nanogpt.loss import DEFAULT_CHUNK_TOKENS
 from nanogpt.model import GPT2Config
 from nanogpt.units import format_bytes
 
@@ -111,7 +115,9 @@ class PredictConfig:
     total_batch_size: int = 524288
     """Tokens in a step over all GPUs."""
     measured: Path | None = None
-    """JSON of `benchmarks.throughput` on one A100 or H100, whose rate replaces the single-GPU prediction."""
+    """JSON of `benchmarks.throughput` on one A100 or H100; its rate stands beside the prediction."""
+    quick: bool = False
+    """Leave out the memory of several GPUs, whose dry runs take a minute."""
 
 
 def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:
@@ -199,21 +205,48 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
     rows += [
         row_of("predicted", "model, any trainer", name, rate, model, note) for name, rate in predicted.items()
     ]
-    memory = perf.memory_plan(
-        model,
-        batch_size=config.batch_size,
-        block_size=model.block_size,
-        precision="bfloat16",
-        loss_chunk_tokens=1024,
-    )
     return {
         "benchmark": "predict",
         "facts": facts("cpu"),
         "config": asdict(config) | {"measured": str(config.measured) if config.measured else None},
         "rows": rows,
         "model_error": errors,
-        "memory_bytes": memory,
+        "memory": memory_rows(model, config.batch_size, quick=config.quick),
     }
+
+
+def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict[str, Any]]:
+    """Predicted bytes of one GPU of each machine, sharded within a node and replicated across nodes."""
+    plan = perf.memory_plan(
+        model,
+        batch_size=batch_size,
+        block_size=model.block_size,
+        precision="bfloat16",
+        loss_chunk_tokens=DEFAULT_CHUNK_TOKENS,
+    )
+    alone = {kind: size for kind, size in plan.items() if kind != "total"}
+    work, by_layout = Work(model=model, batch_size=batch_size, compile=False), {(1, 1): alone}
+    rows = []
+    for name, machine in MACHINES.items():
+        layout = (machine.nodes, machine.count // machine.nodes)
+        if quick and layout != (1, 1):
+            continue
+        if layout not in by_layout:
+            by_layout[layout] = dry_run.plan(work, layout).at_peak
+        kinds = by_layout[layout]
+        note = "by formula" if layout == (1, 1) else "dry run of the eager step"
+        rows.append(
+            {
+                "kind": "predicted",
+                "machine": name,
+                "replicate": layout[0],
+                "shard": layout[1],
+                "kinds": kinds,
+                "total_bytes": sum(kinds.values()),
+                "note": note,
+            }
+        )
+    return rows
 
 
 def measured_rows(path: Path, predicted: dict[str, float], model: GPT2Config) -> list[dict[str, Any]]:
@@ -243,12 +276,26 @@ def table_of(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     header = ["kind", "who", "machine", "tokens/s", "per GPU", "MFU", "hours an epoch", "where from"]
-    memory = result["memory_bytes"]
+    memory = [
+        [
+            row["kind"].upper(),
+            row["machine"],
+            f"{row['replicate']} x {row['shard']}",
+            format_bytes(row["total_bytes"]),
+            format_bytes(row["kinds"]["activations"]),
+            row["note"],
+        ]
+        for row in result["memory"]
+    ]
+    errors = [f"{run}: {error:+.0%}" for run, error in result["model_error"].items()]
     return "\n".join(
         [
             table(header, rows),
-            f"predicted memory of one GPU at {result['config']['batch_size']} x 1024 in bf16: "
-            f"{format_bytes(memory['total'])} (activations {format_bytes(memory['activations'])})",
+            f"the speed model's error on published runs: {'; '.join(errors)}",
+            "",
+            f"memory of one GPU at {result['config']['batch_size']} x 1024 in bf16, CUDA's own not counted:",
+            table(["kind", "machine", "replicas x shards", "peak", "activations", "where from"], memory),
+            "the dry run's error on what fits a CPU: python -m benchmarks.sharding --dry-run --check",
         ]
     )
 

@@ -171,10 +171,10 @@ def resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(resident_bytes(int(child)) for child in children)
 
 
-def table_of(rows: list[dict[str, Any]]) -> str:
+def table_of(result: dict[str, Any]) -> str:
     """The result as people read it."""
     lines = []
-    for row in rows:
+    for row in result["rows"]:
         bare_rate = row["tokens_per_second"]["bare"]["median"]
         for what, rates in row["tokens_per_second"].items():
             low, median, high = (format_count(rates[key]) for key in ("min", "median", "max"))
@@ -196,10 +196,16 @@ def main() -> None:
             paths = write_corpus(texts, Path(folder))
             cases = [(engine, workers) for engine in engines for workers in config.workers]
             rows = [measure(texts, paths, *case, rounds=config.rounds) for case in cases]
-    print(table_of(rows))
-    versions = {name: version(name) for name in ("numpy", "pyarrow", *engines)}
-    result = {"megabytes": config.megabytes, "versions": versions, "goals": GOALS, "rows": rows}
-    finish({"benchmark": "prepare", "facts": facts("cpu")} | result)
+    result = {
+        "benchmark": "prepare",
+        "facts": facts("cpu"),
+        "megabytes": config.megabytes,
+        "versions": {name: version(name) for name in ("numpy", "pyarrow", *engines)},
+        "goals": GOALS,
+        "rows": rows,
+    }
+    print(table_of(result))
+    finish(result)
 
 
 if __name__ == "__main__":

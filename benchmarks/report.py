@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import data, limit, parts, peers, predict, throughput
+from benchmarks import data, limit, parts, peers, predict, prepare, sharding, throughput
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, read_json, say
 from benchmarks.pictures import pictures_of
 from nanogpt.errors import UserError
@@ -30,6 +30,8 @@ TABLES = {
     "data": data.table_of,
     "limit": limit.table_of,
     "parts": parts.table_of,
+    "prepare": prepare.table_of,
+    "sharding": sharding.table_of,
     "predict": predict.table_of,
 }
 TITLES = {
@@ -37,7 +39,9 @@ TITLES = {
     "peers": "Beside others, turn by turn",
     "limit": "How near to the floor",
     "data": "The loader",
+    "prepare": "Text to token files",
     "parts": "The parts around the step",
+    "sharding": "Several processes on this machine's CPU",
     "predict": "Published and predicted GPUs",
 }
 COMMANDS = {
@@ -46,7 +50,9 @@ COMMANDS = {
         "peers": "--batch-size 4 --block-size 1024 --turns 10",
         "limit": "--batch-size 4 --block-size 1024",
         "data": "",
+        "prepare": "",
         "parts": "",
+        "sharding": "",
         "predict": "",
     },
     "cuda": {
@@ -54,7 +60,9 @@ COMMANDS = {
         "peers": "--device cuda --batch-size 64 --block-size 1024 --turns 10",
         "limit": "--device cuda --batch-size 64 --block-size 1024",
         "data": "",
+        "prepare": "",
         "parts": "--device cuda --tokens 65536",
+        "sharding": "",
         "predict": "",
     },
 }
@@ -109,10 +117,7 @@ def measure(config: ReportConfig, old: dict[str, Any]) -> dict[str, Any]:
     usual = COMMANDS["cpu" if device == "cpu" else "cuda"] | (config.arguments or {})
     results = dict(old.get("results", {}))
     for name in config.only:
-        arguments = usual[name]
-        if config.quick:
-            arguments = "" if name == "predict" else "--quick"
-        results[name] = run_benchmark(name, arguments)
+        results[name] = run_benchmark(name, "--quick" if config.quick else usual[name])
     return {"benchmark": "report", "facts": facts(device), "results": results}
 
 

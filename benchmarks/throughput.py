@@ -1,29 +1,49 @@
 """`python -m benchmarks.throughput`: tokens/s, MFU, step time, memory and time to first step of our training
 step.
 
-One row for each combination of the options that are given several values; each row is measured in a process
-of its own. Under torchrun nothing is measured here: sharded runs report their own speed.
+One row for each combination of the options that are given several values. A process alone measures each row
+in a process of its own. Under torchrun all ranks take the sharded step together, and rank 0 prints tokens/s
+of the whole job, MFU of all devices' peak, and the memory of the largest rank.
 """
 
+import gc
 import itertools
-import os
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import tyro
+from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.contenders import CONTENDERS, Work
+from benchmarks.contenders import CONTENDERS, SEED, Work, batches_of, make_optimizer, step_of
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
-from benchmarks.worker import Worker, WorkerError
-from nanogpt import perf
+from benchmarks.worker import WARMUP_STEPS, Worker, WorkerError, peak_bytes, reset_peak
+from nanogpt import perf, sharding
 from nanogpt.errors import UserError
+from nanogpt.meeting import World, world
 from nanogpt.model import GPT2Config
+from nanogpt.processes import Team
+from nanogpt.train import init_state
 from nanogpt.units import format_bytes
 
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+COLLECTIVE_LIMIT_S = 1800.0  # ranks wait for one another while each compiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How the processes of torchrun share the state; their product is the number of processes."""
+
+    shard: int | None = None
+    """Processes that share one copy, at least 1; None: those of a machine."""
+    replicate: int | None = None
+    """Copies, at least 1; None: what shard leaves."""
+    reshard_after_forward: bool = False
+    """Whether a block's parameters are gathered a second time for the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +53,7 @@ class ThroughputConfig:
     model: tuple[Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], ...] = ("gpt2",)
     """Published sizes."""
     batch_size: tuple[int, ...] = (4,)
-    """Sequences in a microstep, each at least 1."""
+    """Sequences in a microstep of one device, each at least 1."""
     block_size: tuple[int, ...] = (1024,)
     """Tokens in a sequence, each from 1 to 1024."""
     accumulation: int = 1
@@ -51,6 +71,7 @@ class ThroughputConfig:
     starts: bool = False
     """Also time the first step twice with an empty compile cache of its own: cold, then warm in a new
     process."""
+    mesh: Mesh = field(default_factory=Mesh)
     device: str | None = None
     """cpu or cuda; None takes the GPU where there is one."""
     quick: bool = False
@@ -59,10 +80,6 @@ class ThroughputConfig:
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise UserError(f"{self.steps} steps, expected at least 2; set --steps")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "started on several processes, expected one: this measures the step of one device"
-            )
 
 
 def works_of(config: ThroughputConfig) -> list[Work]:
@@ -98,21 +115,36 @@ def measure(work: Work, config: ThroughputConfig, peaks: dict[str, tuple[float, 
             memory = worker.memory()
     except WorkerError as error:
         return {"work": asdict(work), "error": str(error).strip().splitlines()[-1]}
+    return row_of(work, seconds, peaks[work.precision], memory._asdict(), started.first_step_s) | {
+        "starts": starts
+    }
+
+
+def row_of(
+    work: Work,
+    seconds: list[float],
+    peak: tuple[float, str],
+    memory: dict[str, int],
+    first_step_s: float,
+    *,
+    ranks: int = 1,
+) -> dict[str, Any]:
+    """One row: `ranks` times the work took `seconds`; `peak` is of all devices, `memory` of the fullest."""
     step = spread(seconds)
-    tokens_per_second = work.tokens / step.median
-    peak, source = peaks[work.precision]
+    tokens_per_second = ranks * work.tokens / step.median
     flops = perf.flops_per_token(work.model, work.model.block_size)
     return {
         "work": asdict(work),
+        "ranks": ranks,
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops / peak,
-        "peak_flops": peak,
-        "peak_source": source,
+        "mfu": tokens_per_second * flops / peak[0],
+        "peak_flops": peak[0],
+        "peak_source": peak[1],
         "step_s": step._asdict(),
         "seconds": seconds,
-        "memory": memory._asdict(),
-        "first_step_s": started.first_step_s,
-        "starts": starts,
+        "memory": memory,
+        "first_step_s": first_step_s,
+        "starts": {},
     }
 
 
@@ -150,15 +182,109 @@ def benchmark(config: ThroughputConfig) -> dict[str, Any]:
     }
 
 
+def benchmark_sharded(config: ThroughputConfig, here: World) -> dict[str, Any]:
+    """All rows, measured by all ranks together; to be called on each within a process group."""
+    works = works_of(config)
+    device = torch.device(works[0].device)
+    hardware = perf.detect(device)
+    shape = sharding.mesh_shape(
+        shard=config.mesh.shard,
+        replicate=config.mesh.replicate,
+        size=here.size,
+        local_size=here.local_size,
+    )
+    mesh = sharding.make_mesh(device.type, shape)
+    peaks = {precision: peak_of_all(hardware, precision) for precision in {w.precision for w in works}}
+    rows = []
+    for number, work in enumerate(works):
+        rows.append(measure_sharded(work, config, mesh, peaks[work.precision]))
+        if here.rank == 0:
+            say(f"{number + 1} of {len(works)}: {rows[-1]['tokens_per_second']:,.0f} tokens/s")
+    return {
+        "benchmark": "throughput",
+        "contender": "ours",
+        "facts": facts(str(device)),
+        "mesh": {"replicate": shape[0], "shard": shape[1]},
+        "rows": rows,
+    }
+
+
+def peak_of_all(hardware: perf.Hardware, precision: str) -> tuple[float, str]:
+    """The sum of all ranks' peaks in FLOP/s; where it is measured, all measure at the same time."""
+    dist.barrier()
+    peak, source = perf.peak_flops(hardware, precision)
+    total = torch.tensor(peak, dtype=torch.float64, device=hardware.device)
+    dist.all_reduce(total)
+    return total.item(), f"the sum over {dist.get_world_size()} ranks; each: {source}"
+
+
+def measure_sharded(
+    work: Work, config: ThroughputConfig, mesh: DeviceMesh, peak: tuple[float, str]
+) -> dict[str, Any]:
+    """One row, the same on all ranks. On CUDA steps are launched one after the other and each is the mean."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    optimizer, batches = make_optimizer(work), batches_of(work, rank, size)
+    state = init_state(work.model, optimizer, torch.Generator(work.device).manual_seed(SEED), mesh=mesh)
+    step = step_of(state, optimizer, work, mesh=mesh, reshard_after_forward=config.mesh.reshard_after_forward)
+    del state
+
+    def timed(steps: int) -> float:
+        begin = time.perf_counter()
+        for number in range(steps):
+            loss = step(batches[number % len(batches)])
+        loss.item()  # of all ranks, after all that was launched
+        return (time.perf_counter() - begin) / steps
+
+    first_step_s = timed(1)
+    timed(WARMUP_STEPS)
+    whole = peak_bytes(work.device)
+    reset_peak(work.device)
+    seconds = [timed(1) for _ in range(config.steps)] if work.device == "cpu" else [timed(config.steps)]
+    steps_peak = peak_bytes(work.device)
+    largest = torch.tensor([steps_peak, max(whole, steps_peak), *seconds, first_step_s], dtype=torch.float64)
+    largest = largest.to(work.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    of_steps, whole, *seconds, first_step_s = largest.tolist()
+    del step
+    gc.collect()
+    if work.device != "cpu":
+        torch.cuda.empty_cache()  # the next row's peak is its own
+    memory = {"steps": int(of_steps), "whole": int(whole)}
+    return row_of(work, seconds, peak, memory, first_step_s, ranks=size)
+
+
+def check_sharded(config: ThroughputConfig) -> ThroughputConfig:
+    """`config`; raises UserError where it asks for what several processes do not measure."""
+    if config.contender != "ours" or config.starts:
+        raise UserError(
+            "started on several processes with --contender or --starts, which are measured by one; "
+            "leave them out, or start without torchrun"
+        )
+    return config
+
+
+def run_as_rank(here: World) -> None:
+    """This process's side of a job of torchrun's; rank 0 prints."""
+    with Team(here) as team:
+        config = team.together(lambda: check_sharded(tyro.cli(ThroughputConfig)))
+        device_type = torch.device(choose_device(config.device)).type
+        with team.connected(device_type, timeout_s=COLLECTIVE_LIMIT_S):
+            result = benchmark_sharded(replace(config, device=device_type), here)
+        if here.rank == 0:
+            print(table_of(result))
+            finish(result)
+
+
 def table_of(result: dict[str, Any]) -> str:
     """The result as people read it."""
-    header = ["model", "B x T", "precision", "attention", "compiled", "tokens/s", "MFU"]
+    header = ["model", "ranks", "B x T", "precision", "attention", "compiled", "tokens/s", "MFU"]
     header += ["step s: median (min - max)", "peak memory", "first step s", "cold s", "warm s"]
     rows, sources = [], set()
     for row in result["rows"]:
         work, model = row["work"], row["work"]["model"]
         cells = [
             f"{model['n_layer']} x {model['n_embd']}",
+            str(row.get("ranks", 1)),
             f"{work['batch_size']} x {model['block_size']}",
             work["precision"],
             work["attention"],
@@ -185,6 +311,10 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
+        here = world()
+        if here.size > 1:
+            run_as_rank(here)
+            return
         config = tyro.cli(ThroughputConfig)
         assert config.contender in CONTENDERS
         result = benchmark(config)

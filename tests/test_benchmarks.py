@@ -1,14 +1,18 @@
 """Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, data, limit, parts, peers, predict, report, throughput
+from benchmarks import compare, data, dry_run, limit, parts, peers, predict, report, sharding, throughput
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
 from benchmarks.measure import read_result, spread, table
 from benchmarks.plain import plain_gpt2
@@ -118,7 +122,7 @@ def test_one_gpu_waits_for_no_other() -> None:
 
 
 def test_what_others_said_is_never_a_measurement() -> None:
-    rows = predict.benchmark(predict.PredictConfig())["rows"]
+    rows = predict.benchmark(predict.PredictConfig(quick=True))["rows"]
     assert {row["kind"] for row in rows} == {"published", "claimed", "predicted"}
     assert {row["kind"] for row in rows if row["who"] == "claimed for this project"} == {"claimed"}
     assert all("off by up to" in row["note"] for row in rows if row["kind"] == "predicted")
@@ -132,7 +136,7 @@ def test_a_measured_rate_stands_beside_the_prediction_with_its_error(tmp_path: P
     }
     path = tmp_path / "throughput.json"
     path.write_text("a table\n" + json.dumps(measured))
-    rows = predict.benchmark(predict.PredictConfig(measured=path))["rows"]
+    rows = predict.benchmark(predict.PredictConfig(measured=path, quick=True))["rows"]
     (row,) = [row for row in rows if row["kind"] == "measured"]
     assert (row["machine"], row["tokens_per_second"]) == ("1x H100", 5e5)
     assert "the model is off by +" in row["note"]
@@ -187,19 +191,72 @@ def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) ->
     results = {
         "limit": limit.benchmark(limit.LimitConfig(quick=True, steps=1)),
         "parts": parts.benchmark(parts.PartsConfig(quick=True, tokens=64, new_tokens=2, repeats=2)),
-        "predict": predict.benchmark(predict.PredictConfig()),
+        "predict": predict.benchmark(predict.PredictConfig(quick=True)),
+        "sharding": sharding.benchmark(sharding.ShardingConfig(quick=True, dry_run=True)),
         "data": {"benchmark": "data", "error": "python -m benchmarks.data ended with status 1"},
     }
     written = {"benchmark": "report", "facts": results["limit"]["facts"], "results": results}
     paths = {path.suffix: path.read_text() for path in report.write(written, tmp_path, "here")}
     assert json.loads(paths[".json"])["results"].keys() == results.keys()
     page = paths[".html"]
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
     for text in (page, paths[".md"]):
         assert "python -m benchmarks.data ended with status 1" in text
         assert "PREDICTED" in text
-        assert text.count("load average") == 3
+        assert text.count("load average") == 4
+
+
+def test_a_dry_run_counts_the_rows_that_each_rank_holds() -> None:
+    uneven = replace(TINY, n_embd=34, vocab_size=7)  # 3 shards: 34 rows are 12 + 12 + 10, 7 are 3 + 3 + 1
+    plan = dry_run.plan(replace(WORK, model=uneven), (1, 3))
+    shapes = dict(uneven.skeleton.named_parameters()).values()
+    rows = sum(-(-leaf.shape[0] // 3) * leaf[0].numel() for leaf in shapes)
+    assert plan.rest["parameters"] == plan.peak_of_kind["gradients"] == 4 * rows
+    assert plan.rest["moments"] == 2 * 4 * rows
+    assert plan.at_peak["activations"] > 0
+
+
+def test_resharding_holds_one_block_at_a_time_in_a_dry_run() -> None:
+    work = replace(WORK, model=replace(TINY, n_layer=4))
+    kept, resharded = (dry_run.plan(work, (2, 2), reshard_after_forward=reshard) for reshard in (False, True))
+    block = 4 * (12 * TINY.n_embd**2 + 13 * TINY.n_embd)
+    assert kept.peak_of_kind["blocks, gathered"] == 4 * block
+    # The next one is gathered before this one goes.
+    assert block <= resharded.peak_of_kind["blocks, gathered"] <= 2 * block
+    assert kept.rest == resharded.rest
+
+
+def test_ranks_do_the_work_of_one_process_and_hold_their_share() -> None:
+    result = sharding.compare_steps(config := sharding.ShardingConfig(quick=True), sharding.work_of(config))
+    assert result["loss"]["sharded"] == pytest.approx(result["loss"]["alone"], rel=1e-4)  # fp32 or bf16 sums
+    assert 1 <= result["rest"]["of_share"] < sharding.REST_LIMIT
+    assert 0 < result["checkpoint"]["blocks_s"]["min"] < result["checkpoint"]["on_disk_s"]["min"]
+
+
+def test_other_work_of_the_ranks_is_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"losses after the same steps are .*'sharded': 5\.1"):
+        sharding.check_same_loss({"alone": 5.0, "sharded": 5.1}, WORK)
+
+
+def test_torchrun_measures_the_sharded_step_over_all_ranks() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "benchmarks.throughput", "--quick", "--device", "cpu", "--steps", "2"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])  # one line, so only rank 0 has printed
+    (row,) = result["rows"]
+    tokens = 2 * 2 * 128  # ranks, sequences, block size
+    assert result["mesh"] == {"replicate": 1, "shard": 2}
+    assert row["tokens_per_second"] == pytest.approx(tokens / row["step_s"]["median"])
+    assert row["peak_source"].startswith("the sum over 2 ranks")
 
 
 def test_throughput_has_a_row_for_each_combination() -> None:
@@ -219,6 +276,16 @@ def test_throughput_has_a_row_for_each_combination() -> None:
             "contenders are plain, expected ours among them; set --contenders",
         ),
         (lambda: throughput.ThroughputConfig(steps=1), "1 steps, expected at least 2; set --steps"),
+        (
+            lambda: throughput.check_sharded(throughput.ThroughputConfig(contender="plain")),
+            "several processes with --contender or --starts, which are measured by one; leave them out",
+        ),
+        (
+            lambda: sharding.ShardingConfig(shard=1),
+            "1 copies x 1 shards with 2 sequences each, expected at least 2 processes",
+        ),
+        (lambda: sharding.ShardingConfig(saves=1), "10 turns and 1 saves, expected at least 2; set --turns"),
+        (lambda: sharding.ShardingConfig(check=True), "--check without --dry-run, expected both or none"),
         (lambda: data.DataBenchmark(rounds=0), "0 rounds, expected at least 1; set --rounds"),
         (
             lambda: report.ReportConfig(only=("all",)),
