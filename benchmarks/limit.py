@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch._inductor.config as inductor
 import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -35,6 +36,12 @@ GROUPS = {
     "copies": r"copy|memcpy|memset|cat|clone|contiguous|zero_|fill_|aten::to$",
 }
 """Names of operators and kernels by what they do; the first that fits. What fits none is elementwise work."""
+FUSED = re.compile(r"(cpp|triton)_.*fused_")
+FUSED_GROUPS = {"loss": r"logsumexp|softmax|nll", "optimizer": r"lerp"}
+"""The same for kernels that Inductor has fused: a copy in such a name is a cast on the way, AdamW's means are
+lerps. What fits none is elementwise work of blocks: norms, GELU, residuals."""
+AROUND = re.compile(r"Torch-Compiled|CompiledFunction|CompiledFxGraph|## Call|AOTDispatcher|TorchDynamo")
+"""What calls compiled graphs; their kernels have names of their own."""
 
 
 class Product(NamedTuple):
@@ -165,12 +172,16 @@ def floor_of(work: Work) -> dict[str, Any]:
 
 def group_of(name: str) -> str:
     """What an operator or kernel of this name does."""
+    if AROUND.search(name):
+        return "around graphs"
     lowered = name.lower()
-    return next((group for group, pattern in GROUPS.items() if re.search(pattern, lowered)), "elementwise")
+    groups = FUSED_GROUPS if FUSED.search(lowered) else GROUPS
+    return next((group for group, pattern in groups.items() if re.search(pattern, lowered)), "elementwise")
 
 
 def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
     """Seconds of a step by group, and "idle" where the device did nothing that the profiler saw."""
+    inductor.cpp.enable_kernel_profile = True  # or a CPU's compiled kernels would all be "around graphs"
     batches, step = batches_of(work), CONTENDERS[contender](work)
     is_cuda = work.device != "cpu"
     for batch in batches[:2]:
@@ -193,8 +204,7 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
         if is_cuda != on_device:
             continue
         own_s = (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e6 / steps
-        name = "not inside an operator" if event.key.startswith(("Torch-Compiled", "## Call")) else event.key
-        group = "compiled kernels" if name == "not inside an operator" else group_of(name)
+        group = group_of(event.key)
         groups[group] = groups.get(group, 0.0) + own_s
         top[event.key] = own_s
     groups["idle"] = max(profiled_s - sum(groups.values()), 0.0)

@@ -1,16 +1,14 @@
 """Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks import compare, data, dry_run, limit, parts, peers, predict, report, sharding, throughput
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
@@ -21,6 +19,7 @@ from nanogpt import perf
 from nanogpt.data import BatchSpec, MappedTokens, PreadTokens
 from nanogpt.errors import UserError
 from nanogpt.loss import next_token_loss
+from nanogpt.meeting import World
 from nanogpt.model import GPT2Config, apply, init
 
 TINY = GPT2Config(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=32)  # no padding: 256 = 2 x 128
@@ -102,6 +101,11 @@ def test_products_are_six_flops_for_each_weight_and_token() -> None:
         ("aten::_fused_adamw_", "optimizer"),
         ("aten::copy_", "copies"),
         ("aten::gelu", "elementwise"),
+        ("graph_0_cpp_fused__to_copy_add_native_layer_norm_2", "elementwise"),
+        ("graph_2_cpp_fused_add_clone_div_lerp_mul_sqrt_0", "optimizer"),
+        ("triton_red_fused_logsumexp_masked_fill_1", "loss"),
+        ("Torch-Compiled Region: 0/0", "around graphs"),
+        ("CompiledFunctionBackward", "around graphs"),
     ],
 )
 def test_an_operator_belongs_to_a_group(name: str, group: str) -> None:
@@ -239,24 +243,25 @@ def test_other_work_of_the_ranks_is_noticed() -> None:
         sharding.check_same_loss({"alone": 5.0, "sharded": 5.1}, WORK)
 
 
-def test_torchrun_measures_the_sharded_step_over_all_ranks() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "benchmarks.throughput", "--quick", "--device", "cpu", "--steps", "2"]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])  # one line, so only rank 0 has printed
+def test_under_torchrun_the_step_is_the_sharded_one() -> None:
+    config = throughput.ThroughputConfig(quick=True, device="cpu", steps=2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        result = throughput.benchmark_sharded(config, World(0, 1, 0, 1))
+    finally:
+        dist.destroy_process_group()
     (row,) = result["rows"]
-    tokens = 2 * 2 * 128  # ranks, sequences, block size
-    assert result["mesh"] == {"replicate": 1, "shard": 2}
-    assert row["tokens_per_second"] == pytest.approx(tokens / row["step_s"]["median"])
-    assert row["peak_source"].startswith("the sum over 2 ranks")
+    assert result["mesh"] == {"replicate": 1, "shard": 1}
+    assert len(row["seconds"]) == 2
+    assert row["peak_source"].startswith("the sum over 1 ranks; each: measured")
+    assert "1 x 128" in throughput.table_of(result)
+
+
+def test_a_row_of_several_ranks_is_of_the_whole_job() -> None:
+    memory = {"steps": 1, "whole": 2}
+    row = throughput.row_of(WORK, [2.0], (1e9, "peak of all"), memory, 3.0, ranks=4)
+    assert row["tokens_per_second"] == 4 * WORK.tokens / 2.0
+    assert row["mfu"] == row["tokens_per_second"] * perf.flops_per_token(TINY, TINY.block_size) / 1e9
 
 
 def test_throughput_has_a_row_for_each_combination() -> None:
