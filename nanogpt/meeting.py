@@ -58,6 +58,11 @@ def world() -> World:
     return here
 
 
+def restart_count() -> int:
+    """How often torchrun has started its ranks again; other machines than the one that failed say 0."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def meet(world: World, *, timeout_s: float) -> Store:
     """A store that these processes share, and nobody from an earlier start, once all of them are there.
 

@@ -24,7 +24,7 @@ from nanogpt.dataset import open_dataset
 from nanogpt.errors import UserError
 from nanogpt.loop import Interrupted, Loop, RunResult, catch_signals
 from nanogpt.loss import chunk_tokens_of
-from nanogpt.meeting import ALONE, World, world
+from nanogpt.meeting import ALONE, World, restart_count, world
 from nanogpt.plan import Plan, plan_text
 from nanogpt.processes import Team, code_hashes
 from nanogpt.run_dir import CHECKPOINTS, METRICS, PICTURE, describe, make_run_dir, starting_step, to_json
@@ -69,6 +69,7 @@ def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
 
 def run_here(config: RunConfig, team: Team) -> RunResult | None:
     """The run of this process, connected to the others if there are any."""
+    config = of_this_attempt(config, team)
     checkpointer = Checkpointer(config.run_dir / CHECKPOINTS, keep=config.checkpoint.keep)
     console = Console(config.last_step)
     plan = make_plan(config, checkpointer, console, team)
@@ -116,6 +117,13 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
             state = starting_state(plan, optimizer, checkpointer, mesh)
 
 
+def of_this_attempt(config: RunConfig, team: Team) -> RunConfig:
+    """`config`, but that --resume never lets a run go on that torchrun has restarted: it is its own."""
+    if config.resume == "never" and any(map(int, team.gather(str(restart_count())))):
+        return dataclasses.replace(config, resume="auto")
+    return config
+
+
 def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, team: Team) -> Plan:
     """What `config` comes to on this machine; says what it changes. Raises UserError for what cannot be
     run, on all ranks if on one."""
@@ -146,7 +154,12 @@ def settings_of(config: RunConfig) -> dict[str, str]:
     """The config as what ranks have to agree on; where its data lie may differ from machine to machine."""
     values = to_json(config)
     values["data"].pop("path")
-    return {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in values.items()}
+    flags = {
+        f"{group}.{name}" if isinstance(value, dict) else group: inner
+        for group, value in values.items()
+        for name, inner in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+    return {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in flags.items()}
 
 
 def make_schedule(config: RunConfig) -> optim.Schedule:

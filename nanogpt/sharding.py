@@ -28,13 +28,15 @@ def mesh_shape(*, shard: int | None, replicate: int | None, size: int, local_siz
     What is not given follows; neither given shards within a machine and replicates across machines. Raises
     UserError where replicate x shard is not `size`.
     """
+    given = {"--mesh.replicate": replicate, "--mesh.shard": shard}
     if shard is None:
         shard = size // replicate if replicate else local_size
     if replicate is None:
         replicate = size // max(shard, 1)
     if min(shard, replicate) < 1 or shard * replicate != size:
+        said = " and ".join(f"{flag} {value}" for flag, value in given.items() if value is not None)
         raise UserError(
-            f"a mesh of {replicate} replicas x {shard} shards does not cover {size} processes; set "
+            f"{said or f'{local_size} processes on a machine'} cannot make a mesh of {size} processes; set "
             f"--mesh.shard and --mesh.replicate to numbers whose product is {size}"
         )
     return replicate, shard

@@ -54,7 +54,7 @@ def test_what_is_not_given_of_a_mesh_follows() -> None:
 
 @pytest.mark.parametrize(("shard", "replicate"), [(3, None), (None, 3), (2, 2), (32, None), (None, 32)])
 def test_a_mesh_that_is_not_the_processes_is_refused(shard: int | None, replicate: int | None) -> None:
-    with pytest.raises(UserError, match="does not cover 16 processes"):
+    with pytest.raises(UserError, match="cannot make a mesh of 16 processes"):
         mesh_shape(shard=shard, replicate=replicate, size=16, local_size=8)
 
 
