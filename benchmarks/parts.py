@@ -21,10 +21,12 @@ from benchmarks.contenders import BETAS, SCHEDULE, SEED, WEIGHT_DECAY
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
 from nanogpt import optim, tree
 from nanogpt.checkpoint import Checkpointer
-from nanogpt.loss import head_loss_and_grads
+from nanogpt.graph import as_one_graph
+from nanogpt.loss import chunk_loss_and_grads, head_loss_and_grads
 from nanogpt.model import GPT2Config, Params, apply, init, padded_head
 from nanogpt.sample import generate
 from nanogpt.train import init_state
+from nanogpt.update import make_update
 
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 
@@ -64,24 +66,20 @@ def timed_in_turns(parts: dict[str, Callable[[], Any]], repeats: int, device: st
 
 
 def optimizer_parts(params: Params, compile: bool) -> dict[str, Callable[[], Any]]:
-    """One update of all parameters, ours (state kept in its memory) and torch's; gradients are constant."""
+    """One update of all parameters, ours (as the step does it, block by block in the state's memory) and
+    torch's; gradients are constant."""
     b1, b2 = BETAS
     grads = tree.map(lambda leaf: torch.full_like(leaf, 1e-3), params)
     ours = optim.adamw(SCHEDULE, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
     own = tree.map(torch.clone, params)
     state = ours.init(own)
 
-    def update(own: Params, state: Any, grads: Params) -> None:
-        updates, new_state = ours.update(grads, state, own)
-        tree.map(lambda kept, value: kept.copy_(value), state, new_state)
-        tree.map(lambda kept, value: kept.copy_(value), own, optim.apply_updates(own, updates))
-
-    updated = torch.compile(update, fullgraph=True, dynamic=False) if compile else update
+    update = make_update(ours, donate=True, compile=compile)
     leaves = [leaf.clone().requires_grad_() for leaf in params.values()]
     for leaf, grad in zip(leaves, grads.values(), strict=True):
         leaf.grad = grad
     fused = torch.optim.AdamW(leaves, lr=6e-4, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    return {"optimizer, ours": lambda: updated(own, state, grads), "optimizer, torch fused": fused.step}
+    return {"optimizer, ours": lambda: update(grads, state, own), "optimizer, torch fused": fused.step}
 
 
 def loss_parts(
@@ -94,13 +92,15 @@ def loss_parts(
     targets = torch.randint(config.vocab_size, (1, tokens), device=device, generator=generator)
     head = padded_head(params, config)
 
+    chunk = as_one_graph(chunk_loss_and_grads) if compile else chunk_loss_and_grads
+
     def ours(features: Tensor, head: Tensor, targets: Tensor) -> Any:
-        return head_loss_and_grads(features, head, targets, vocab_size=config.vocab_size)
+        return head_loss_and_grads(features, head, targets, vocab_size=config.vocab_size, chunk=chunk)
 
     def usual(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(features, head).flatten(0, 1), targets.flatten())
 
-    ours, usual = (torch.compile(part, dynamic=False) if compile else part for part in (ours, usual))
+    usual = torch.compile(usual, dynamic=False) if compile else usual
     leaves = [features.clone().requires_grad_(), head.clone().requires_grad_()]
 
     def all_at_once() -> None:
