@@ -31,7 +31,6 @@ STEPS = 20
 LITTLE = {
     "model__vocab_size": 33,
     "model__block_size": 9,
-    "model__n_layer": 2,
     "model__n_embd": 14,
     "model__dropout": 0,
     "optim__gradient_clip_norm": 0.3,
