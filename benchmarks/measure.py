@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from nanogpt import perf
 from nanogpt.errors import UserError
+from nanogpt.run_dir import git_commit
 
 
 class Spread(NamedTuple):
@@ -73,15 +73,6 @@ def facts(device: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "command": " ".join(["python", "-m", command_name(), *sys.argv[1:]]),
     }
-
-
-def git_commit() -> str | None:
-    """The commit that this code is at, with a "+" where the tree has changes; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def command_name() -> str:

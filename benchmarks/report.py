@@ -55,6 +55,16 @@ COMMANDS = {
         "sharding": "",
         "predict": "",
     },
+    "cpu without fast bfloat16": {  # where a token takes ten times as long
+        "throughput": "--batch-size 1 2 --block-size 512 --compile True False --steps 4",
+        "peers": "--batch-size 1 --block-size 512 --turns 6",
+        "limit": "--batch-size 1 --block-size 512",
+        "data": "",
+        "prepare": "--megabytes 40 --rounds 2",
+        "parts": "--repeats 3 --new-tokens 16",
+        "sharding": "",
+        "predict": "",
+    },
     "cuda": {
         "throughput": "--device cuda --batch-size 16 32 64 --attention auto flash cudnn --steps 20 --starts",
         "peers": "--device cuda --batch-size 64 --block-size 1024 --turns 10",
@@ -114,11 +124,13 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
 def measure(config: ReportConfig, old: dict[str, Any]) -> dict[str, Any]:
     """The report's JSON: results by benchmark, on top of what an older report had."""
     device = choose_device(config.device)
-    usual = COMMANDS["cpu" if device == "cpu" else "cuda"] | (config.arguments or {})
+    about = facts(device)
+    kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
+    usual = COMMANDS[kind] | (config.arguments or {})
     results = dict(old.get("results", {}))
     for name in config.only:
         results[name] = run_benchmark(name, "--quick" if config.quick else usual[name])
-    return {"benchmark": "report", "facts": facts(device), "results": results}
+    return {"benchmark": "report", "facts": about, "results": results}
 
 
 def name_of(about: dict[str, Any]) -> str:

@@ -290,7 +290,7 @@ def wandb_findings() -> list[Finding]:
     mode = os.environ.get("WANDB_MODE")
     if mode:
         return [Finding("ok", "W&B", f"WANDB_MODE is {mode}")]
-    if tracker._is_logged_in():
+    if tracker.is_logged_in():
         return [Finding("ok", "W&B", "logged in; runs are online")]
     return [Finding("ok", "W&B", "not logged in; runs are offline until `wandb login`")]
 

@@ -248,7 +248,7 @@ class WandB:
 
     def _try_online(self, start: Callable[..., Any], *, is_required: bool) -> str:
         """Starts the run online if it can; otherwise why not, where that is worth a word."""
-        if not _is_logged_in():
+        if not is_logged_in():
             return " (not logged in: run `wandb login`)" if is_required else ""
         with _Attempt() as attempt:
             self._run = start(mode="online", resume="allow")
@@ -296,7 +296,7 @@ def _start_wandb(**arguments: Any) -> Any:
     return wandb.init(settings=settings, **arguments)
 
 
-def _is_logged_in() -> bool:
+def is_logged_in() -> bool:
     """Whether wandb would find a key for its server and so need not ask for one; without the network."""
     import wandb
 

@@ -305,7 +305,7 @@ follow("no place", "offline", directory=folder / "file")
 os.environ["NETRC"] = str(folder / "netrc")
 for machine in ("api.wandb.ai", "api.wandb.example"):
     (folder / "netrc").write_text(f"machine {machine} login user password {'a' * 40}")
-    report[f"login at {machine}"] = tracker._is_logged_in()
+    report[f"login at {machine}"] = tracker.is_logged_in()
 
 os.environ["WANDB_API_KEY"] = "short"
 follow("bad key", None)
