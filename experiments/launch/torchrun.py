@@ -5,11 +5,12 @@ Exit status: 0 done. 2 a mistake of the user, which is not tried again. 128 + N 
 of the first rank that failed, restarts used up.
 """
 
+import logging
 import os
 import signal
 import sys
 
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # For the checkpoint that ranks save after a signal; of torchrun's own accord it is 30 s.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    # Ranks say themselves why they ended; torchrun adds which signals it sends and that a status was not 0.
+    logging.disable(logging.ERROR)
     try:
         run.main(arguments)
     except ChildFailedError as error:
@@ -35,7 +38,7 @@ def main(arguments: list[str]) -> int:
     except SignalException as stop:
         # A rank ends this process with SIGQUIT after a mistake of the user: nanogpt.meeting.stop_restarts.
         return 2 if stop.sigval == signal.SIGQUIT else 128 + stop.sigval
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:  # the latter with --master-port, where it is taken
         print(
             f"error: the machines did not meet ({error}); start the same command on each, and look at the "
             f"address, the port (it may be taken) and the firewall",
