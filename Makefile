@@ -19,6 +19,9 @@ override PYTHON_VERSION := $(value PYTHON_VERSION)
 override TORCH_BACKEND := $(value TORCH_BACKEND)
 export NGPUS MAX_RESTARTS GPUS ARGS PYTHON_VERSION TORCH_BACKEND
 
+# Without compiled files every process that imports torch compiles it anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The uv on the PATH if it runs, else a private one.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
 

@@ -151,7 +151,8 @@ def main(folder: Path) -> None:
 
 def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
     """A rank that never comes; a port that is taken; and a restart in the store of earlier attempts."""
-    running = {fork(folder / "alone", agrees, 0, 2, timeout_s=2): ("alone", 0)}
+    # Time enough to listen on a busy machine, or it says that it cannot.
+    running = {fork(folder / "alone", agrees, 0, 2, timeout_s=6): ("alone", 0)}
     port_of(folder / "taken")
     PORTS[folder / "taken"].listen()
     running[fork(folder / "taken", agrees, 0, 2, timeout_s=2)] = ("taken", 0)

@@ -108,13 +108,14 @@ def read_losses(run_dir: Path) -> list[tuple[int, float]]:
 def test_compiled_once_and_resumed_bit_for_bit(go: Go, tmp_path: Path) -> None:
     torch.compiler.reset()
     before = counters["stats"]["unique_graphs"]
-    whole = go(tmp_path / "whole")
+    quick = {"model__dropout": 0}  # compiled masks are another test's
+    whole = go(tmp_path / "whole", **quick)
     graphs = counters["stats"]["unique_graphs"] - before
     # a block, a chunk of the head, AdamW of a block and of the rest; for evaluation the first two once more
     assert graphs == 4 + 2, f"{graphs} graphs were compiled in a run, expected 6"
-    go(tmp_path / "halves", train__stop_after=10)
+    go(tmp_path / "halves", train__stop_after=10, **quick)
     torch.compiler.reset()  # as in a new process
-    second = go(tmp_path / "halves")
+    second = go(tmp_path / "halves", **quick)
     assert differing_leaves(whole, second) == []
     assert read_losses(tmp_path / "halves") == read_losses(tmp_path / "whole")
 

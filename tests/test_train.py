@@ -163,6 +163,18 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
         assert (grads["bfloat16"][name] - leaf).norm() < 0.05 * leaf.norm(), name
 
 
+# One graph of all of it: before the fixture below, which forbids compilation
+
+
+def test_an_eager_step_can_be_compiled_into_one_graph():
+    eager = make_train_step(DROPPING, OPTIMIZER, precision="float32", compile=False)
+    whole = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    batches = [batch_of(step, A=2) for step in range(2)]
+    (state, metrics), (expected, expected_metrics) = (run_steps(f, start(), batches) for f in (whole, eager))
+    assert same_bits(metrics, expected_metrics)
+    assert same_bits(state, expected)
+
+
 # Dropout
 
 
@@ -351,15 +363,6 @@ def test_sampling_is_compiled_once_for_all_lengths_and_equals_the_eager_one(comp
 
 def test_more_microsteps_compile_nothing_new(compiled: Compiled):
     compiled.train_step(start(), batch_of(0, A=3))
-
-
-def test_an_eager_step_can_be_compiled_into_one_graph():
-    eager = make_train_step(DROPPING, OPTIMIZER, precision="float32", compile=False)
-    whole = torch.compile(eager, fullgraph=True, backend="aot_eager")
-    batches = [batch_of(step, A=2) for step in range(2)]
-    (state, metrics), (expected, expected_metrics) = (run_steps(f, start(), batches) for f in (whole, eager))
-    assert same_bits(metrics, expected_metrics)
-    assert same_bits(state, expected)
 
 
 def test_a_recompilation_would_have_failed(compiled: Compiled):

@@ -1,5 +1,6 @@
 """Worker processes turn parts of a source into shards: token files of their own, in the source's order."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -171,7 +172,8 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
     pending: deque[Record | Future[Record]] = deque()
     try:
         for shard in shards:
-            pending.append(done.get(shard.index) or pool.submit(encode_shard, shard, job))
+            with without_ctrl_c():  # a worker that is being started would miss its end, or be missed at it
+                pending.append(done.get(shard.index) or pool.submit(encode_shard, shard, job))
             if len(pending) > 2 * workers:
                 yield record_of(pending.popleft())
         while pending:
@@ -191,9 +193,16 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
 def start_server() -> None:
     """Start the process that workers are forked from, deaf to Ctrl-C from its first instruction on."""
     resource_tracker.ensure_running()  # first, because it ends by letting Ctrl-C through again
+    with without_ctrl_c():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """A Ctrl-C within comes after it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
