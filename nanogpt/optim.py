@@ -32,10 +32,16 @@ class Transform(NamedTuple):
 
 
 class Leafwise(Transform):
-    """A Transform that treats every leaf by itself, whatever its name.
+    """A Transform that treats every leaf by itself, whatever its name, with some numbers from its state.
 
     So a tree may be given to it part by part, and a part that was compiled serves all others of its shapes.
+    The numbers stay outside of that graph: a compiler would compute them anew for each element of each leaf.
     """
+
+    numbers: Callable[[OptState], Tree]
+    """`opt_state` to 0-d tensors."""
+    update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]]
+    """`update` with the numbers as its last argument."""
 
 
 class Scaling(Transform):
@@ -93,6 +99,44 @@ def chain(*transforms: Transform) -> Transform:
     return chained
 
 
+def leafwise(
+    init: Callable[[Tree], OptState],
+    update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]],
+    *,
+    numbers: Callable[[OptState], Tree] = lambda opt_state: (),
+) -> Leafwise:
+    """The Leafwise of these functions."""
+
+    def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
+        return update_leaves(updates, opt_state, params, numbers(opt_state))
+
+    transform = Leafwise(init, update)
+    transform.numbers, transform.update_leaves = numbers, update_leaves
+    return transform
+
+
+def numbers_of(transform: Transform, opt_state: OptState) -> Tree:
+    """The numbers of a leafwise transform, or of a chain of them."""
+    if isinstance(transform, Chain):
+        return tuple(map(numbers_of, transform.parts, opt_state))
+    assert isinstance(transform, Leafwise)
+    return transform.numbers(opt_state)
+
+
+def update_leaves(
+    transform: Transform, updates: Tree, opt_state: OptState, params: Tree, numbers: Tree
+) -> tuple[Tree, OptState]:
+    """`transform.update` on a part of the tree, with the `numbers_of` a leafwise transform or chain."""
+    if isinstance(transform, Chain):
+        states = []
+        for part, state, its_numbers in zip(transform.parts, opt_state, numbers, strict=True):
+            updates, state = update_leaves(part, updates, state, params, its_numbers)
+            states.append(state)
+        return updates, tuple(states)
+    assert isinstance(transform, Leafwise)
+    return transform.update_leaves(updates, opt_state, params, numbers)
+
+
 def is_leafwise(transform: Transform) -> bool:
     """Whether `transform` may be given a tree in parts."""
     if isinstance(transform, Chain):
@@ -142,9 +186,12 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
         zeros = tree.map(torch.zeros_like, params)
         return AdamState(_zero_like(params), zeros, tree.map(torch.zeros_like, params))
 
-    def update(updates: Tree, opt_state: AdamState, params: Tree) -> tuple[Tree, AdamState]:
-        count = opt_state.count + 1
-        mu_correction, nu_correction = 1 - b1 ** count.float(), 1 - b2 ** count.float()
+    def corrections(opt_state: AdamState) -> Tree:
+        count = (opt_state.count + 1).float()
+        return 1 - b1**count, 1 - b2**count
+
+    def update(updates: Tree, opt_state: AdamState, params: Tree, numbers: Tree) -> tuple[Tree, AdamState]:
+        mu_correction, nu_correction = numbers
 
         # Leaf by leaf: what lies between moments and update is gone before that of the next leaf is made.
         def update_leaf(g: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +200,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
             return (mu / mu_correction) / ((nu / nu_correction).sqrt() + eps), mu, nu
 
         updates, mu, nu = tree.map_many(update_leaf, updates, opt_state.mu, opt_state.nu)
-        return updates, AdamState(count, mu, nu)
+        return updates, AdamState(opt_state.count + 1, mu, nu)
 
-    return Leafwise(init, update)
+    return leafwise(init, update, numbers=corrections)
 
 
 def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Transform:
@@ -164,12 +211,12 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
 
-    def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
+    def update(updates: Tree, opt_state: OptState, params: Tree, numbers: Tree = ()) -> tuple[Tree, OptState]:
         decayed = tree.map(lambda u, p, m: u + weight_decay * p if m else u, updates, params, mask(params))
         return decayed, opt_state
 
     # `matrices` looks at shapes; another mask may look at names.
-    return (Leafwise if mask is matrices else Transform)(lambda params: (), update)
+    return (leafwise if mask is matrices else Transform)(lambda params: (), update)
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
@@ -178,11 +225,17 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(_zero_like(params))
 
-    def update(updates: Tree, opt_state: ScheduleState, params: Tree) -> tuple[Tree, ScheduleState]:
-        rate = learning_rate(opt_state.count) if callable(learning_rate) else learning_rate
-        return tree.map(lambda u: -rate * u, updates), ScheduleState(opt_state.count + 1)
+    def rate(opt_state: ScheduleState) -> Tree:
+        if callable(learning_rate):
+            return learning_rate(opt_state.count)
+        return torch.full_like(opt_state.count, learning_rate, dtype=torch.float32)
 
-    return Leafwise(init, update)
+    def update(
+        updates: Tree, opt_state: ScheduleState, params: Tree, numbers: Tree
+    ) -> tuple[Tree, ScheduleState]:
+        return tree.map(lambda u: -numbers * u, updates), ScheduleState(opt_state.count + 1)
+
+    return leafwise(init, update, numbers=rate)
 
 
 def matrices(params: Tree) -> Tree:

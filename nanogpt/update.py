@@ -9,6 +9,7 @@ from nanogpt import optim, sharding, tree
 from nanogpt.graph import as_one_graph
 from nanogpt.model import Params, block_names
 from nanogpt.optim import OptState, Scaling, Transform, apply_updates
+from nanogpt.tree import Tree
 
 Update = Callable[[Params, OptState, Params], tuple[Params, OptState]]
 """`(grads, opt_state, params) -> (params, opt_state)`."""
@@ -40,9 +41,9 @@ def make_update_by_block(
 ) -> Update:
     """The body of `make_update` for an optimizer in two parts."""
 
-    def update_part(factor: Tensor, grads: Params, opt_state: OptState, params: Params):
+    def update_part(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
         updates = tree.map(lambda g: g * factor, grads)
-        updates, new_opt_state = leafwise.update(updates, opt_state, params)
+        updates, new_opt_state = optim.update_leaves(leafwise, updates, opt_state, params, numbers)
         new = apply_updates(params, updates), new_opt_state
         return tree.overwrite_slots((params, opt_state), new, params) if donate else new
 
@@ -54,12 +55,15 @@ def make_update_by_block(
         device = next(iter(params.values())).device
         factor = torch.ones((), device=device) if scaling is None else sharding.whole(scaling.factor(grads))
         old = (params, opt_state if scaling is None else opt_state[1:])
+        numbers = optim.numbers_of(leafwise, old[1])
         own_grads, (own_params, own_state) = sharding.local(grads), sharding.local(old)
         blocks, outside = block_names(params)
         parts = []
         for names in (*blocks, outside):
             part = [tree.pick(part_of, params, names) for part_of in (own_grads, own_state, own_params)]
-            parts.append((names, (update_outside if names is outside else update_block)(factor, *part)))
+            parts.append(
+                (names, (update_outside if names is outside else update_block)(factor, numbers, *part))
+            )
         new = tree.join(old, params, parts)
         if donate:  # slots are in their old place already; a count, which all parts have read, is not
             tree.overwrite((own_params, own_state), new)
