@@ -2,8 +2,8 @@
 
 The model and the step of gpt2_124m on the bundled Shakespeare, with a budget for the machine at hand. A CPU
 gets 40 steps; with fast bfloat16 of 4 x 1,024 tokens, without it (most desktop and older server CPUs multiply
-only float32 well) of one sequence of 640, so that the run ends in minutes on two cores. A GPU gets 100 steps of
-the real batch. Expected: a loss from 10.9 to below 6.6 at step 40; on a GPU to below 5 at step 100 (not
+only float32 well) of one sequence of 640, so that the run ends in minutes on two cores. A GPU gets 100 steps
+of the real batch. Expected: a loss from 10.9 to below 6.6 at step 40; on a GPU to below 5 at step 100 (not
 measured).
 """
 
