@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
@@ -48,6 +49,8 @@ def _checked_unless_compiled(function: Any = None, *, typechecker: Callable[...,
     return wrapper
 
 
+# What jaxtyping's hook makes of a module must not be left where a program without the hook would load it.
+sys.dont_write_bytecode = True
 jaxtyping.jaxtyped = _checked_unless_compiled
 jaxtyping.install_import_hook("nanogpt", "beartype.beartype")
 

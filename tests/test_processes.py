@@ -150,13 +150,11 @@ def main(folder: Path) -> None:
 
 
 def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
-    """A rank that never comes; a port that is taken; and a restart in the store of earlier attempts."""
-    # Time enough to listen on a busy machine, or it says that it cannot.
-    running = {fork(folder / "alone", agrees, 0, 2, timeout_s=6): ("alone", 0)}
+    """A port that is taken; and a restart in the store of earlier attempts."""
     port_of(folder / "taken")
     PORTS[folder / "taken"].listen()
-    running[fork(folder / "taken", agrees, 0, 2, timeout_s=2)] = ("taken", 0)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    running = {fork(folder / "taken", agrees, 0, 2, timeout_s=2): ("taken", 0)}
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
     STORES.append(store)
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
     for pid in [fork(folder / "before", agrees, rank, 2, timeout_s=20, **agent) for rank in range(2)]:
@@ -183,6 +181,12 @@ def port_of(folder: Path) -> int:
         # Afterwards: a socket that may share its port is given one that another such socket has.
         PORTS[folder].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return PORTS[folder].getsockname()[1]
+
+
+def free_port() -> int:
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        return port.getsockname()[1]
 
 
 def fork(
@@ -341,12 +345,6 @@ def test_a_small_all_reduce_names_the_silent_rank(outcomes: dict[str, list[Outco
     assert f"rank 1 ({socket.gethostname()}) did not join a small all-reduce within 2 s" in the_sentence(
         ranks
     )
-
-
-def test_a_rank_that_never_comes_is_named(outcomes: dict[str, list[Outcome]]) -> None:
-    assert statuses(outcomes["alone"]) == [2]
-    assert "of 2 ranks these did not come to 127.0.0.1:" in the_sentence(outcomes["alone"])
-    assert " in time: 1; look at" in the_sentence(outcomes["alone"])
 
 
 def test_a_port_that_is_taken_is_said(outcomes: dict[str, list[Outcome]]) -> None:

@@ -166,6 +166,8 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
 # One graph of all of it: before the fixture below, which forbids compilation
 
 
+# torch.compile instantiates an autograd function to look at it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_an_eager_step_can_be_compiled_into_one_graph():
     eager = make_train_step(DROPPING, OPTIMIZER, precision="float32", compile=False)
     whole = torch.compile(eager, fullgraph=True, backend="aot_eager")
