@@ -1,7 +1,7 @@
 """A small character model of the bundled Shakespeare: `make shakespeare`.
 
-1,000 steps of 2,048 characters. Guessing among 70 characters costs 4.25 nats; a validation loss well below 2 is
-expected, with text in the form of a play (not measured to the end with the step as it is now).
+1,000 steps of 2,048 characters. Guessing among 70 characters costs 4.25 nats; a validation loss well below 2
+is expected, with text in the form of a play (not measured to the end with the step as it is now).
 """
 
 from pathlib import Path
