@@ -132,14 +132,14 @@ def bare(texts: list[str], engine: str, workers: int) -> tuple[int, float]:
 
 def keep(barrier: object) -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"
-    bare_share.barrier = barrier  # type: ignore[attr-defined]  # a barrier travels only to a process that starts
+    bare_share.barrier = barrier  # a barrier travels only to a process that starts
 
 
 def bare_share(texts: list[str], engine: str) -> tuple[int, float, float]:
     """Tokens, and when the work began and ended: after the tokenizer was built and everybody was ready."""
     lists = list(batches(texts))
     encode = partial(encode_each, gpt2()) if engine == "tiktoken" else fastokens_encoder()
-    bare_share.barrier.wait()  # type: ignore[attr-defined]
+    bare_share.barrier.wait()
     start = time.time()
     return sum(encode(batch)[0].size for batch in lists), start, time.time()
 

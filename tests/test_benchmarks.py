@@ -56,7 +56,7 @@ def test_a_worker_takes_turns_and_knows_its_memory() -> None:
 
 def test_a_failure_in_a_worker_reaches_us() -> None:
     with (
-        Worker("ours", Work(model=TINY, precision="half", compile=False)) as worker,  # type: ignore[arg-type]
+        Worker("ours", Work(model=TINY, precision="half", compile=False)) as worker,
         pytest.raises(WorkerError, match=r"(?s)ours failed:.*precision is 'half', expected one of"),
     ):
         worker.start()
