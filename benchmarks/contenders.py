@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from benchmarks.plain import plain_gpt2
 from nanogpt import optim
 from nanogpt.data import Batch
+from nanogpt.loss import chunk_tokens_of
 from nanogpt.model import Attention, GPT2Config, init
+from nanogpt.run import keep_freed_memory
 from nanogpt.train import DTYPES, Precision, TrainState, init_state, make_train_step
 
 Step = Callable[[Batch], Tensor]
@@ -73,7 +75,9 @@ def make_optimizer(work: Work) -> optim.Transform:
 
 
 def ours(work: Work) -> Step:
-    """This project's step, as `run` makes it."""
+    """This project's step, as `run` makes it; on a CPU in memory that is kept for the next step, as there."""
+    if work.device == "cpu":
+        keep_freed_memory()
     optimizer = make_optimizer(work)
     state = init_state(work.model, optimizer, torch.Generator(work.device).manual_seed(SEED))
     return step_of(state, optimizer, work)
@@ -95,6 +99,7 @@ def step_of(
         reshard_after_forward=reshard_after_forward,
         precision=work.precision,
         attention=work.attention,
+        loss_chunk_tokens=chunk_tokens_of(work.device),
         donate=True,
         compile=work.compile,
     )

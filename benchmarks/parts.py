@@ -66,20 +66,20 @@ def timed_in_turns(parts: dict[str, Callable[[], Any]], repeats: int, device: st
 
 
 def optimizer_parts(params: Params, compile: bool) -> dict[str, Callable[[], Any]]:
-    """One update of all parameters, ours (as the step does it, block by block in the state's memory) and
+    """One update of all parameters, ours (as the step does it, leaf by leaf in the state's memory) and
     torch's; gradients are constant."""
     b1, b2 = BETAS
     grads = tree.map(lambda leaf: torch.full_like(leaf, 1e-3), params)
     ours = optim.adamw(SCHEDULE, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
     own = tree.map(torch.clone, params)
-    state = ours.init(own)
+    state, norm = ours.init(own), tree.global_norm(grads)
 
     update = make_update(ours, donate=True, compile=compile)
     leaves = [leaf.clone().requires_grad_() for leaf in params.values()]
     for leaf, grad in zip(leaves, grads.values(), strict=True):
         leaf.grad = grad
     fused = torch.optim.AdamW(leaves, lr=6e-4, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    return {"optimizer, ours": lambda: update(grads, state, own), "optimizer, torch fused": fused.step}
+    return {"optimizer, ours": lambda: update(grads, norm, state, own), "optimizer, torch fused": fused.step}
 
 
 def loss_parts(

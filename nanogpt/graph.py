@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 
-def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_one_graph(function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
     """`function` compiled at its first call, with a count of recompilations of its own.
+
+    With `dynamic` the graph is one for all sizes of its arguments, of two elements and more.
 
     torch.compile keeps graphs by code object. Without a copy of it two steps made of one source would share
     them, and with the ninth model in a process the limit of recompilations would be reached.
@@ -20,4 +22,4 @@ def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    return torch.compile(own, fullgraph=True, dynamic=dynamic)

@@ -227,7 +227,9 @@ def make_attend(config: GPT2Config, attention: Attention, key: Int[Tensor, ""] |
 
 def padded_head(params: Params, config: GPT2Config) -> Float[Tensor, "P C"]:
     """The tied head with zero rows up to `padded_vocab_size`; who multiplies by it cuts the logits to V."""
-    return F.pad(params["wte.weight"], (0, 0, 0, config.padded_vocab_size - config.vocab_size))
+    embedding = params["wte.weight"]
+    padding = embedding.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
+    return torch.cat([embedding, padding])  # F.pad writes the whole of it twice
 
 
 class GPT2(nn.Module):

@@ -31,11 +31,12 @@ class Transform(NamedTuple):
     update: Callable[[Tree, OptState, Tree], tuple[Tree, OptState]]
 
 
-class Leafwise(Transform):
-    """A Transform that treats every leaf by itself, whatever its name, with some numbers from its state.
+class Elementwise(Transform):
+    """A Transform that treats every element by itself, with some numbers from its state.
 
-    So a tree may be given to it part by part, and a part that was compiled serves all others of its shapes.
-    The numbers stay outside of that graph: a compiler would compute them anew for each element of each leaf.
+    It may ask whether a leaf is a matrix, not for its name or size. So it may be given a tree leaf by leaf,
+    and one compiled leaf serves all others. The numbers stay outside of that graph: a compiler would compute
+    them anew for each element of each leaf.
     """
 
     numbers: Callable[[OptState], Tree]
@@ -45,12 +46,12 @@ class Leafwise(Transform):
 
 
 class Scaling(Transform):
-    """A Transform without a state that multiplies all updates by one number, `factor(updates)`.
+    """A Transform without a state that multiplies all updates by one number, `factor(their global norm)`.
 
-    So only that number has to know the whole tree.
+    So only the norm has to know the whole tree, and who has it already need not compute it again.
     """
 
-    factor: Callable[[Tree], Float[Tensor, ""]]
+    factor: Callable[[Float[Tensor, ""]], Float[Tensor, ""]]
 
 
 class Chain(Transform):
@@ -99,61 +100,61 @@ def chain(*transforms: Transform) -> Transform:
     return chained
 
 
-def leafwise(
+def elementwise(
     init: Callable[[Tree], OptState],
     update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]],
     *,
     numbers: Callable[[OptState], Tree] = lambda opt_state: (),
-) -> Leafwise:
-    """The Leafwise of these functions."""
+) -> Elementwise:
+    """The Elementwise of these functions."""
 
     def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
         return update_leaves(updates, opt_state, params, numbers(opt_state))
 
-    transform = Leafwise(init, update)
+    transform = Elementwise(init, update)
     transform.numbers, transform.update_leaves = numbers, update_leaves
     return transform
 
 
 def numbers_of(transform: Transform, opt_state: OptState) -> Tree:
-    """The numbers of a leafwise transform, or of a chain of them."""
+    """The numbers of a elementwise transform, or of a chain of them."""
     if isinstance(transform, Chain):
         return tuple(map(numbers_of, transform.parts, opt_state))
-    assert isinstance(transform, Leafwise)
+    assert isinstance(transform, Elementwise)
     return transform.numbers(opt_state)
 
 
 def update_leaves(
     transform: Transform, updates: Tree, opt_state: OptState, params: Tree, numbers: Tree
 ) -> tuple[Tree, OptState]:
-    """`transform.update` on a part of the tree, with the `numbers_of` a leafwise transform or chain."""
+    """`transform.update` on some leaves of the tree, with the `numbers_of` an elementwise one, or chain."""
     if isinstance(transform, Chain):
         states = []
         for part, state, its_numbers in zip(transform.parts, opt_state, numbers, strict=True):
             updates, state = update_leaves(part, updates, state, params, its_numbers)
             states.append(state)
         return updates, tuple(states)
-    assert isinstance(transform, Leafwise)
+    assert isinstance(transform, Elementwise)
     return transform.update_leaves(updates, opt_state, params, numbers)
 
 
-def is_leafwise(transform: Transform) -> bool:
-    """Whether `transform` may be given a tree in parts."""
+def is_elementwise(transform: Transform) -> bool:
+    """Whether `transform` may be given a tree leaf by leaf."""
     if isinstance(transform, Chain):
-        return all(map(is_leafwise, transform.parts))
-    return isinstance(transform, Leafwise)
+        return all(map(is_elementwise, transform.parts))
+    return isinstance(transform, Elementwise)
 
 
 def split(transform: Transform) -> tuple[Scaling | None, Transform] | None:
-    """(scaling, leafwise), in this order the same as `transform`; None where it is not of that form.
+    """(scaling, elementwise), in this order the same as `transform`; None where it is not of that form.
 
     `chain(clip_by_global_norm(1.0), adamw(1e-3))` is. Its state is the scaling's, which is empty, followed by
-    the leafwise chain's.
+    the elementwise chain's.
     """
-    if is_leafwise(transform):
+    if is_elementwise(transform):
         return None, transform
     first, *rest = transform.parts if isinstance(transform, Chain) else (transform,)
-    return (first, chain(*rest)) if isinstance(first, Scaling) and all(map(is_leafwise, rest)) else None
+    return (first, chain(*rest)) if isinstance(first, Scaling) and all(map(is_elementwise, rest)) else None
 
 
 def clip_by_global_norm(max_norm: float) -> Transform:
@@ -164,11 +165,11 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     if not max_norm > 0:
         raise UserError(f"the clip norm is {max_norm}, expected above 0; set --optim.gradient-clip-norm")
 
-    def factor(updates: Tree) -> Float[Tensor, ""]:
-        return torch.clamp(max_norm / tree.global_norm(updates), max=1.0)
+    def factor(norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return torch.clamp(max_norm / norm, max=1.0)
 
     def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
-        scale = factor(updates)
+        scale = factor(tree.global_norm(updates))
         return tree.map(lambda g: g * scale, updates), opt_state
 
     clip = Scaling(lambda params: (), update)
@@ -202,7 +203,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
         updates, mu, nu = tree.map_many(update_leaf, updates, opt_state.mu, opt_state.nu)
         return updates, AdamState(opt_state.count + 1, mu, nu)
 
-    return leafwise(init, update, numbers=corrections)
+    return elementwise(init, update, numbers=corrections)
 
 
 def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Transform:
@@ -215,8 +216,8 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
         decayed = tree.map(lambda u, p, m: u + weight_decay * p if m else u, updates, params, mask(params))
         return decayed, opt_state
 
-    # `matrices` looks at shapes; another mask may look at names.
-    return (leafwise if mask is matrices else Transform)(lambda params: (), update)
+    # `matrices` only tells matrices from vectors; another mask may look at names.
+    return (elementwise if mask is matrices else Transform)(lambda params: (), update)
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
@@ -235,7 +236,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
     ) -> tuple[Tree, ScheduleState]:
         return tree.map(lambda u: -numbers * u, updates), ScheduleState(opt_state.count + 1)
 
-    return leafwise(init, update, numbers=rate)
+    return elementwise(init, update, numbers=rate)
 
 
 def matrices(params: Tree) -> Tree:

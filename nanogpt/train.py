@@ -106,8 +106,9 @@ def make_train_step(
         key = fold_in(torch.full_like(state.step, seed), state.step)
         scale = loss_scale(state.opt_state, precision)
         loss, grads = value_and_grad(state.params, batch, key, scale)
-        metrics = {"loss": loss, "grad_norm": sharding.whole(tree.global_norm(grads)) / scale}
-        params, opt_state = update(grads, state.opt_state, state.params)
+        norm = sharding.whole(tree.global_norm(grads))
+        metrics = {"loss": loss, "grad_norm": norm / scale}
+        params, opt_state = update(grads, norm, state.opt_state, state.params)
         step = state.step.add_(1) if donate else state.step + 1
         return TrainState(step, params, opt_state), metrics
 

@@ -18,6 +18,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -32,7 +33,16 @@ from nanogpt.prepare import arrow, check, ensure_bundled, sources
 from nanogpt.prepare.__main__ import main
 from nanogpt.prepare.build import validation_mask
 from nanogpt.prepare.bundled import bundled_text
-from nanogpt.prepare.engines import EnginesDifferError, checked, encode_each, fastokens_encoder
+from nanogpt.prepare.engines import (
+    FIRST_CHARACTERS,
+    SAMPLE_FRACTION,
+    EnginesDifferError,
+    Sample,
+    check_sample,
+    encode_each,
+    fastokens_encoder,
+    sample_of,
+)
 from nanogpt.prepare.journal import open_journal
 from nanogpt.prepare.manifest import read_manifest
 from nanogpt.prepare.progress import Progress
@@ -265,9 +275,8 @@ def test_ctrl_c_ends_a_run_at_once_and_leaves_no_process(moment: str, documents,
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped; the same command continues where it was" in errors.splitlines()
-    if moment == "middle":  # a worker that is just being started may still say that its pipes are gone
-        assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "stopped; the same command continues where it was"
+    assert "Traceback" not in errors
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and processes_of_session(process.pid):
         time.sleep(0.01)
@@ -605,29 +614,41 @@ def test_no_permission_to_write_is_one_sentence(tmp_path, capsys):
     assert "cannot write to" in message
 
 
-def test_a_fast_tokenizer_that_differs_anywhere_in_a_first_batch_is_found():
+def sample_by(encode, texts: list[str], turn: int) -> Sample:
+    pieces = sample_of(texts, turn)
+    return Sample(pieces, *encode(pieces))
+
+
+def test_a_fast_tokenizer_that_differs_anywhere_in_the_first_documents_is_found():
     def wrong_at_the_end(texts):
         ids, lengths = encode_each(gpt2(), texts)
         ids[-1] ^= 1
         return ids, lengths
 
+    texts = ["a text", "another text"]
+    check_sample(sample_by(partial(encode_each, gpt2()), texts, 0), gpt2())
     with pytest.raises(EnginesDifferError):
-        checked(wrong_at_the_end, gpt2())(["a text", "another text"])
+        check_sample(sample_by(wrong_at_the_end, texts, 0), gpt2())
 
 
-def test_a_fast_tokenizer_that_turns_wrong_is_found_in_the_samples_of_later_batches():
-    calls = 0
+def test_a_fast_tokenizer_that_is_wrong_later_is_found_in_the_samples_of_those_batches():
+    def wrong(texts):
+        return encode_each(gpt2(), [text.upper() for text in texts])
 
-    def wrong_later(texts):
-        nonlocal calls
-        calls += 1
-        return encode_each(gpt2(), texts if calls < 4 else [text.upper() for text in texts])
+    texts = ["some text " * 1000, "other words " * 1000]
+    for turn in range(1, 9):
+        check_sample(sample_by(partial(encode_each, gpt2()), texts, turn), gpt2())
+        with pytest.raises(EnginesDifferError):
+            check_sample(sample_by(wrong, texts, turn), gpt2())
 
-    encode = checked(wrong_later, gpt2())
-    encode(["some text " * 100])
-    encode(["some text " * 100])
-    with pytest.raises(EnginesDifferError):
-        encode(["some text " * 100])
+
+def test_samples_are_of_a_fraction_of_the_text_and_of_other_places_each_time():
+    text = "".join(f"{i:07d} " for i in range(50_000))
+    pieces = [piece for turn in range(1, 100) for piece in sample_of([text], turn)]
+    assert {len(piece) for piece in pieces} == {int(len(text) * SAMPLE_FRACTION)}
+    assert len(set(pieces)) == 99
+    assert "".join(sample_of(["a" * FIRST_CHARACTERS, "b", "c"], 0)) == "a" * FIRST_CHARACTERS
+    assert sample_of(["a" * (FIRST_CHARACTERS - 1), "b", "c"], 0)[1:] == ["b"]
 
 
 FAKE_FASTOKENS = """

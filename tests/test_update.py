@@ -1,4 +1,4 @@
-"""An optimizer applied block by block is the optimizer."""
+"""An optimizer applied leaf by leaf is the optimizer."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "two clips": chain(clip_by_global_norm(0.5), clip_by_global_norm(0.25), adamw(SCHEDULE)),
     "loss scale": dynamic_loss_scale(chain(clip_by_global_norm(0.5), adamw(SCHEDULE))),
 }
-BY_BLOCK = {"clip, adamw", "adamw alone"}
+BY_LEAF = {"clip, adamw", "adamw alone"}
 
 
 def grads_of(step: int) -> Params:
@@ -56,7 +56,8 @@ def test_an_update_is_the_optimizers_on_the_whole_tree(name: str, donate: bool) 
     params, opt_state = given = params_of(), optimizer.init(params_of())
     before = tree.map(torch.clone, given)
     for step in range(3):
-        params, opt_state = update(grads_of(step), opt_state, params)
+        grads = grads_of(step)
+        params, opt_state = update(grads, tree.global_norm(grads), opt_state, params)
     expected = plain(optimizer, 3)
     assert tree.diff((params, opt_state), expected) == []
     for path, leaf in tree.paths(expected).items():
@@ -68,20 +69,36 @@ def test_an_update_is_the_optimizers_on_the_whole_tree(name: str, donate: bool) 
     assert all(map(torch.equal, tree.leaves(given), tree.leaves(before))) != donate
 
 
-def test_which_optimizers_go_block_by_block() -> None:
-    assert {name for name, optimizer in OPTIMIZERS.items() if optim.split(optimizer)} == BY_BLOCK
+def test_which_optimizers_go_leaf_by_leaf() -> None:
+    assert {name for name, optimizer in OPTIMIZERS.items() if optim.split(optimizer)} == BY_LEAF
 
 
-def test_a_part_joined_with_the_others_is_the_tree() -> None:
+def test_a_tree_split_and_joined_is_the_tree() -> None:
     params = {"a": torch.ones(1), "b": torch.zeros(2)}
-    whole = (params, optim.AdamState(torch.tensor(3), params, params))
-    names = [{"x": "b"}, {"x": "a"}]
-    parts = [(part, tree.pick(whole, params, part)) for part in names]
-    assert list(parts[0][1][1].mu) == ["x"]
-    assert int(parts[0][1][1].count) == 3
+    whole = (params, ((), optim.AdamState(torch.tensor(3), params, params), {"scale": torch.tensor(2)}))
+    parts = tree.split(whole, params)
+    assert list(parts) == ["a", "b"]
+    leaf, (empty, adam, scale) = parts["b"]
+    assert (empty, int(adam.count), int(scale["scale"])) == ((), 3, 2)
+    assert leaf["leaf"] is adam.mu["leaf"] is adam.nu["leaf"] is params["b"]
     joined = tree.join(whole, params, parts)
     assert tree.diff(joined, whole) == []
     assert all(a is b for a, b in zip(tree.leaves(joined), tree.leaves(whole), strict=True))
+
+
+def test_two_graphs_update_leaves_of_all_sizes_and_none() -> None:
+    """As a rank has them that got no rows of a leaf, or one element."""
+    shapes = [(3, 4), (2, 5), (7,), (9,), (1,), (0, 4), (1, 1)]
+    params = {str(shape): torch.ones(shape) for shape in shapes}
+    optimizer = OPTIMIZERS["clip, adamw"]
+    update = make_update(optimizer, donate=False, compile=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    grads, opt_state = tree.map(torch.ones_like, params), optimizer.init(params)
+    got, _ = update(grads, tree.global_norm(grads), opt_state, params)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+    updates, _ = optimizer.update(grads, opt_state, params)
+    for name, leaf in optim.apply_updates(params, updates).items():
+        torch.testing.assert_close(got[name], leaf, rtol=1e-6, atol=0)
 
 
 def test_functions_of_one_source_are_compiled_apart() -> None:

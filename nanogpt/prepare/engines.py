@@ -2,21 +2,32 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanogpt.tokenizer import Tokenizer, byte_alphabet, tokenizer_from, without_surrogates
 
 ENGINES = ("tiktoken", "fastokens")
-SAMPLE_FRACTION = 0.01
+SAMPLE_FRACTION = 0.002
 """Of the characters of each batch, encoded again by tiktoken."""
+FIRST_CHARACTERS = 1 << 17
+"""And at least so many of the first one."""
 
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 """Texts to their ids, one after the other as uint16, and the number of ids of each as int64."""
+
+
+class Sample(NamedTuple):
+    """Texts of the input and what a faster tokenizer made of them, for tiktoken to check."""
+
+    texts: list[str]
+    ids: np.ndarray
+    lengths: np.ndarray
 
 
 class EnginesDifferError(Exception):
@@ -31,13 +42,11 @@ def choose_engine(wanted: str, tokenizer_name: str) -> str:
     return "fastokens" if installed else "tiktoken"
 
 
-@functools.cache
 def encoder(engine: str, tokenizer: str) -> Encode:
-    """The engine's function for the tokenizer described by the JSON `tokenizer`; built once in a process."""
-    reference = tokenizer_from(json.loads(tokenizer))
+    """The engine's function for the tokenizer described by the JSON `tokenizer`."""
     if engine == "tiktoken":
-        return functools.partial(encode_each, reference)
-    return checked(fastokens_encoder(), reference)
+        return functools.partial(encode_each, tokenizer_from(json.loads(tokenizer)))
+    return fastokens_encoder()
 
 
 def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -46,40 +55,30 @@ def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray,
     return np.concatenate([np.empty(0, np.uint16), *ids]), np.array([part.size for part in ids], np.int64)
 
 
-def checked(fast: Encode, reference: Tokenizer) -> Encode:
-    """`fast`, with an EnginesDifferError where a sample of its input comes out otherwise than tiktoken's.
+def sample_of(texts: Sequence[str], turn: int) -> list[str]:
+    """What tiktoken has to encode as well of a batch: of the first one (`turn` 0) the first documents whole.
 
-    The first batch is compared as a whole; of each other one a piece, whose place moves on.
+    Of the others a piece of one of the texts, SAMPLE_FRACTION of all characters; `turn` says which and where.
     """
-    batches = 0
-
-    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal batches
-        ids, lengths = fast(texts)
-        if batches == 0:
-            expected, expected_lengths = encode_each(reference, texts)
-            equal = np.array_equal(ids, expected) and np.array_equal(lengths, expected_lengths)
-        else:
-            piece = sample_of(texts, batches)
-            equal = np.array_equal(fast([piece])[0], reference.encode_array(piece))
-        if not equal:
-            raise EnginesDifferError("other ids for the same text")
-        batches += 1
-        return ids, lengths
-
-    return encode
-
-
-def sample_of(texts: Sequence[str], turn: int) -> str:
-    """A piece of one of the texts, SAMPLE_FRACTION of all characters; `turn` says which and where."""
     size = max(1, int(sum(map(len, texts)) * SAMPLE_FRACTION))
+    if turn == 0:
+        before = itertools.accumulate(map(len, texts), initial=0)
+        return [text for text, start in zip(texts, before, strict=False) if start < FIRST_CHARACTERS]
     text = texts[turn % len(texts)]
     start = turn * size % max(1, len(text) - size)
-    return text[start : start + size]
+    return [text[start : start + size]]
 
 
+def check_sample(sample: Sample, reference: Tokenizer) -> None:
+    """Raises EnginesDifferError where the ids, and so the engine they are of, are not the reference's."""
+    ids, lengths = encode_each(reference, sample.texts)
+    if not (np.array_equal(ids, sample.ids) and np.array_equal(lengths, sample.lengths)):
+        raise EnginesDifferError("other ids for the same text")
+
+
+@functools.cache
 def fastokens_encoder() -> Encode:
-    """GPT-2's tokenizer in fastokens, built from the merges file in the package."""
+    """GPT-2's tokenizer in fastokens, built from the merges file in the package; once in a process."""
     import fastokens  # noqa: PLC0415  optional
 
     # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.

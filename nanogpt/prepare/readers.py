@@ -14,6 +14,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import orjson
+
 from nanogpt.errors import UserError
 
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
@@ -54,8 +56,8 @@ class Lines:
 
     def documents(self, column: str) -> Iterator[Document]:
         for i, line in enumerate(self._read().split(b"\n")):
-            if line.strip():
-                yield json_text(line, column, partial(self._place, i))
+            if line and not line.isspace():
+                yield quick_text(line, column) or json_text(line, column, partial(self._place, i))
 
     def _read(self) -> bytes:
         if self.data is not None:
@@ -132,8 +134,10 @@ class Rows:
         from nanogpt.prepare import arrow  # noqa: PLC0415  heavy, and only this needs it
 
         for row, value in enumerate(arrow.column_values(self, column), self.first_row):
-            place = partial("{} row {:,}".format, self.name, row)
-            yield value if isinstance(value, Bad) else text_of(value, place)
+            if (isinstance(value, str) and value) or isinstance(value, Bad):
+                yield value
+            else:
+                yield text_of(value, partial("{} row {:,}".format, self.name, row))
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,18 @@ class Unreadable:
 
     def documents(self, column: str) -> Iterator[Document]:
         yield self.bad
+
+
+def quick_text(line: bytes, column: str) -> str | None:
+    """The field `column` of a line that is as it should be; None where `json_text` has to say what it is.
+
+    orjson takes half of the time of `json`, and refuses what that accepts beyond the standard.
+    """
+    try:
+        text = orjson.loads(line)[column]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def json_text(line: bytes, column: str, place: Callable[[], str]) -> Document:

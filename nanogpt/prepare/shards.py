@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.prepare.engines import encoder
+from nanogpt.prepare.engines import Sample, check_sample, encoder, sample_of
 from nanogpt.prepare.readers import Bad, Document, Part, source_gone
 from nanogpt.prepare.sources import Shard
-from nanogpt.tokenizer import tokenizer_from
+from nanogpt.tokenizer import Tokenizer, tokenizer_from
 
 BATCH_CHARACTERS = 1 << 20
 """Text that is tokenised at once."""
@@ -65,13 +65,16 @@ def shard_path(folder: str | Path, index: int) -> Path:
     return Path(folder) / f"{index:06d}.shard"
 
 
-def encode_shard(shard: Shard, job: Job) -> Record:
-    """Write the shard, complete or not at all. Raises UserError where the source or the disk fails."""
+def encode_shard(shard: Shard, job: Job) -> tuple[Record, Sample | None]:
+    """Write the shard, complete or not at all; with a sample for tiktoken to check, where another did it.
+
+    Raises UserError where the source or the disk fails.
+    """
     path = shard_path(job.folder, shard.index)
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            record = write_shard(shard, job, file)
+            record, sample = write_shard(shard, job, file)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -79,10 +82,10 @@ def encode_shard(shard: Shard, job: Job) -> Record:
             f"cannot write {path} ({error.strerror}), expected room and permission there; make some and "
             "run the same command again: it continues where it was"
         ) from error
-    return record
+    return record, sample
 
 
-def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> Record:
+def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, Sample | None]:
     encode, end_of_text = (
         encoder(job.engine, job.tokenizer),
         tokenizer_from(json.loads(job.tokenizer)).end_of_text,
@@ -92,8 +95,11 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> Record:
     digest = hashlib.sha256()
     lengths = [np.empty(0, "<u4")]
     characters = tokens = 0
-    for texts in batches(islice(good, job.limit)):
+    pieces: list[str] = []
+    for turn, texts in enumerate(batches(islice(good, job.limit)), shard.index):
         ids, sizes = encode(texts)
+        if job.engine != "tiktoken":
+            pieces += sample_of(texts, turn)
         if end_of_text is not None:
             ids, sizes = np.insert(ids, np.cumsum(sizes), end_of_text), sizes + 1
         characters += sum(map(len, texts))
@@ -105,7 +111,7 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> Record:
     all_lengths = np.concatenate(lengths)
     digest.update(all_lengths.data)
     file.write(all_lengths.data)
-    return Record(
+    record = Record(
         index=shard.index,
         documents=all_lengths.size,
         tokens=tokens,
@@ -115,6 +121,7 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> Record:
         skipped=dict(Counter(bad.reason for bad in found)) if job.skip_bad else {},
         bad=found[0].sentence if found and not job.skip_bad else None,
     )
+    return record, Sample(pieces, *encode(pieces)) if pieces else None
 
 
 def read_shard(folder: str | Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -162,22 +169,25 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
     """A record for each shard, in order, from `workers` processes; those in `done` are taken as they are.
 
     Processes that are still at work when the caller has had enough are ended. Raises UserError where a worker
-    failed or died.
+    failed or died, and EnginesDifferError where one was wrong.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nanogpt.prepare.warm"])
-    start_server()
+    start_server(job.engine)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_worker)
-    pending: deque[Record | Future[Record]] = deque()
+    reference = tokenizer_from(json.loads(job.tokenizer))
+    if job.engine != "tiktoken":
+        reference.encode("")  # its tables are built while the server starts
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("forkserver"), initializer=prepare_worker
+    )
+    pending: deque[Record | Future[tuple[Record, Sample | None]]] = deque()
     try:
         for shard in shards:
             with without_ctrl_c():  # a worker that is being started would miss its end, or be missed at it
                 pending.append(done.get(shard.index) or pool.submit(encode_shard, shard, job))
             if len(pending) > 2 * workers:
-                yield record_of(pending.popleft())
+                yield record_of(pending.popleft(), reference)
         while pending:
-            yield record_of(pending.popleft())
+            yield record_of(pending.popleft(), reference)
     except (BrokenProcessPool, EOFError, OSError, MemoryError) as error:  # the middle two: while one starts
         raise UserError(
             "a worker process was killed, perhaps for want of memory, expected it to finish; "
@@ -190,8 +200,12 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
         pool.shutdown(cancel_futures=True)
 
 
-def start_server() -> None:
-    """Start the process that workers are forked from, deaf to Ctrl-C from its first instruction on."""
+def start_server(engine: str) -> None:
+    """Start the process that workers are forked from, deaf to Ctrl-C from its first instruction on.
+
+    Early, because it takes as long for its imports and its tokenizer as the caller for all that it has to do.
+    """
+    multiprocessing.set_forkserver_preload([f"nanogpt.prepare.warm_{engine}"])
     resource_tracker.ensure_running()  # first, because it ends by letting Ctrl-C through again
     with without_ctrl_c():
         forkserver.ensure_running()
@@ -199,16 +213,34 @@ def start_server() -> None:
 
 @contextlib.contextmanager
 def without_ctrl_c() -> Iterator[None]:
-    """A Ctrl-C within comes after it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """A Ctrl-C within comes after it; processes that are started within never see one.
+
+    They inherit the mask. It is not enough for this process, where another thread, as of OpenBLAS, may be
+    given the signal, so that Python raises within after all.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python raises only in the main thread
+        return
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
-def record_of(result: Record | Future[Record]) -> Record:
-    return result if isinstance(result, Record) else result.result()
+def record_of(result: Record | Future[tuple[Record, Sample | None]], reference: Tokenizer) -> Record:
+    """The record, waited for and checked."""
+    if isinstance(result, Record):
+        return result
+    record, sample = result.result()
+    if sample is not None:
+        check_sample(sample, reference)
+    return record
 
 
 def prepare_worker() -> None:
