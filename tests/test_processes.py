@@ -150,15 +150,14 @@ def main(folder: Path) -> None:
 
 
 def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
-    """A port that is taken; and a restart in the store of earlier attempts."""
+    """A rank that never comes; a port that is taken; and a restart in the store of earlier attempts."""
+    running = {
+        fork(folder / "alone", agrees, 0, 2, timeout_s=20): ("alone", 0)
+    }  # it listens late, as all start now
     port_of(folder / "taken")
     PORTS[folder / "taken"].listen()
-    running = {fork(folder / "taken", agrees, 0, 2, timeout_s=2): ("taken", 0)}
-    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
-    STORES.append(store)
-    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
-    for pid in [fork(folder / "before", agrees, rank, 2, timeout_s=20, **agent) for rank in range(2)]:
-        os.waitpid(pid, 0)  # an attempt that met
+    running[fork(folder / "taken", agrees, 0, 2, timeout_s=2)] = ("taken", 0)
+    store, agent = store_after_an_attempt(folder / "before")
     store.delete_key("hello/1")
     dead = fork(folder / "dead", agrees, 1, 2, timeout_s=20, **agent)
     store.wait(["hello/1"])  # which nobody answers
@@ -166,7 +165,19 @@ def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
     os.waitpid(dead, 0)
     for rank in range(2):
         running[fork(folder / "restarted", agrees, rank, 2, timeout_s=20, **agent)] = ("restarted", rank)
+    _, agent = store_after_an_attempt(folder / "before half")
+    running[fork(folder / "half restarted", agrees, 0, 2, timeout_s=20, **agent)] = ("half restarted", 0)
     return running
+
+
+def store_after_an_attempt(folder: Path) -> tuple[Any, dict[str, str]]:
+    """The store of a torchrun under which two ranks have met, and what it tells the ranks it starts next."""
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    STORES.append(store)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+    for pid in [fork(folder, agrees, rank, 2, timeout_s=20, **agent) for rank in range(2)]:
+        os.waitpid(pid, 0)
+    return store, agent
 
 
 PORTS: dict[Path, socket.socket] = {}
@@ -347,6 +358,12 @@ def test_a_small_all_reduce_names_the_silent_rank(outcomes: dict[str, list[Outco
     )
 
 
+def test_a_rank_that_never_comes_is_named(outcomes: dict[str, list[Outcome]]) -> None:
+    assert statuses(outcomes["alone"]) == [2]
+    assert "of 2 ranks these did not come to 127.0.0.1:" in the_sentence(outcomes["alone"])
+    assert " in time: 1; look at" in the_sentence(outcomes["alone"])
+
+
 def test_a_port_that_is_taken_is_said(outcomes: dict[str, list[Outcome]]) -> None:
     assert statuses(outcomes["taken"]) == [2]
     assert "rank 0 cannot listen on 127.0.0.1:" in the_sentence(outcomes["taken"])
@@ -356,6 +373,8 @@ def test_a_restart_is_not_misled_by_what_the_attempt_before_left_in_the_store(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
     assert statuses(outcomes["restarted"]) == [0, 0]
+    assert statuses(outcomes["half restarted"]) == [2]
+    assert " in time: 1; look at" in the_sentence(outcomes["half restarted"])
 
 
 def test_all_ranks_of_a_team_end_within_seconds_of_each_other(outcomes: dict[str, list[Outcome]]) -> None:
