@@ -46,7 +46,7 @@ TITLES = {
 }
 COMMANDS = {
     "cpu": {
-        "throughput": "--batch-size 1 2 4 --block-size 512 1024 --compile True False --steps 5",
+        "throughput": "--batch-size 1 2 4 --block-size 512 1024 --compile True False --steps 5 --starts",
         "peers": "--batch-size 4 --block-size 1024 --turns 10",
         "limit": "--batch-size 4 --block-size 1024",
         "data": "",
@@ -56,11 +56,11 @@ COMMANDS = {
         "predict": "",
     },
     "cpu without fast bfloat16": {  # where a token takes ten times as long
-        "throughput": "--batch-size 1 2 --block-size 512 --compile True False --steps 4",
+        "throughput": "--batch-size 1 2 --block-size 512 --compile True False --steps 3 --starts",
         "peers": "--batch-size 1 --block-size 512 --turns 6",
         "limit": "--batch-size 1 --block-size 512",
         "data": "",
-        "prepare": "--megabytes 40 --rounds 2",
+        "prepare": "--workers 2 --rounds 2",
         "parts": "--repeats 3 --new-tokens 16",
         "sharding": "",
         "predict": "",
