@@ -300,6 +300,12 @@ def test_keys_of_seeds_steps_and_microsteps_are_all_different():
     assert len(set(keys)) == 1000
 
 
+def test_a_compiled_mask_equals_the_eager_one():
+    compiled = torch.compile(keep_mask, fullgraph=True)
+    x = torch.empty(64, 100)
+    assert compiled(x, 0.3, key_of(2**31 - 1)).equal(keep_mask(x, 0.3, key_of(2**31 - 1)))
+
+
 # Mistakes
 
 

@@ -151,9 +151,8 @@ def main(folder: Path) -> None:
 
 def hard_meetings(folder: Path) -> dict[int, tuple[str, int]]:
     """A rank that never comes; a port that is taken; and a restart in the store of earlier attempts."""
-    running = {
-        fork(folder / "alone", agrees, 0, 2, timeout_s=20): ("alone", 0)
-    }  # it listens late, as all start now
+    # Time enough to listen, while all others start as well.
+    running = {fork(folder / "alone", agrees, 0, 2, timeout_s=20): ("alone", 0)}
     port_of(folder / "taken")
     PORTS[folder / "taken"].listen()
     running[fork(folder / "taken", agrees, 0, 2, timeout_s=2)] = ("taken", 0)

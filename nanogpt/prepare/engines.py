@@ -79,7 +79,7 @@ def check_sample(sample: Sample, reference: Tokenizer) -> None:
 @functools.cache
 def fastokens_encoder() -> Encode:
     """GPT-2's tokenizer in fastokens, built from the merges file in the package; once in a process."""
-    import fastokens  # noqa: PLC0415  optional
+    import fastokens  # noqa: PLC0415  optional: the package works without it
 
     # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
     fast = fastokens.Tokenizer.from_json_str(tokenizer_json())
