@@ -135,6 +135,7 @@ class Ledger(TorchDispatchMode):
                 kind, _, reference = ledger._known[storage._cdata]
                 ledger._set(storage._cdata, kind, size, reference)
 
+        # Its stub has no assignable method; FSDP2 frees and regains buffers by it, unseen by any dispatch.
         torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue]
         return super().__enter__()
 

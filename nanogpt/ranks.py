@@ -65,6 +65,7 @@ class Ranks:
 
     def decide(self, action: Callable[[], T]) -> T:
         """What `action` returned on rank 0, the only one to run it. Raises as `agree` does."""
+        # The first value is rank 0's, so no None, which the type does not say.
         return self.agree(action if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]
 
     def _exchange(self, mine: _Outcome) -> list[_Outcome]:

@@ -80,7 +80,10 @@ def test_matrices_are_decayed_and_vectors_are_not():
 
 def test_a_decay_mask_of_ones_own_is_honoured():
     zeros = tree.map(torch.zeros_like, random_like(0))
-    only_bias = lambda params: {name: name.endswith("bias") for name in params}  # noqa: E731
+
+    def only_bias(params: dict[str, Any]) -> dict[str, bool]:
+        return {name: name.endswith("bias") for name in params}
+
     optimizer = adamw(0.5, weight_decay=0.1, decay_mask=only_bias)
     updates, _ = optimizer.update(zeros, optimizer.init(zeros), random_like(0))
     assert {name for name, leaf in updates.items() if leaf.count_nonzero()} == {"h.0.attn.c_attn.bias"}
