@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +28,8 @@ import tyro
 from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
 from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import bundled_text
-from nanogpt.prepare.engines import choose_engine, encode_each, fastokens_encoder
+from nanogpt.prepare.config import choose_engine
+from nanogpt.prepare.engines import encode_each, fastokens_encoder
 from nanogpt.prepare.manifest import read_manifest
 from nanogpt.prepare.shards import batches
 from nanogpt.tokenizer import gpt2
@@ -131,7 +133,6 @@ def bare(texts: list[str], engine: str, workers: int) -> tuple[int, float]:
 
 
 def keep(barrier: object) -> None:
-    os.environ["RAYON_NUM_THREADS"] = "1"
     bare_share.barrier = barrier  # a barrier travels only to a process that starts
 
 
@@ -153,12 +154,22 @@ def command(source: Path, out: Path, engine: str, workers: int) -> tuple[float, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident_bytes(process.pid))
-        time.sleep(POLL_S)
+    with ThreadPoolExecutor(1) as beside:
+        ended = threading.Event()
+        peak = beside.submit(peak_resident_bytes, process.pid, ended)
+        process.wait()
+        seconds = time.perf_counter() - start
+        ended.set()
     assert process.returncode == 0, f"{line} ended with status {process.returncode}"
-    return time.perf_counter() - start, peak
+    return seconds, peak.result()
+
+
+def peak_resident_bytes(pid: int, ended: threading.Event) -> int:
+    """The largest of what `resident_bytes` says every POLL_S, which takes little of the machine's time."""
+    peak = 0
+    while not ended.wait(POLL_S):
+        peak = max(peak, resident_bytes(pid))
+    return peak
 
 
 def resident_bytes(pid: int) -> int:

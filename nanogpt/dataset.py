@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from nanogpt.config import RunConfig
 from nanogpt.data import Tokens, check_tokens, fingerprint, open_tokens, read_manifest
 from nanogpt.errors import UserError
-from nanogpt.prepare import ensure_bundled
+from nanogpt.prepare.bundled import ensure_bundled
 from nanogpt.tokenizer import Tokenizer, gpt2, tokenizer_from
 
 OPENWEBTEXT = Path("data/openwebtext")

@@ -189,10 +189,10 @@ def byte_alphabet() -> dict[str, int]:
 def mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
     """Bytes of each token to its id: the 256 single bytes, then merge i under id 256 + i."""
     byte_of = byte_alphabet()
-    ranks = {bytes([byte]): i for i, byte in enumerate(byte_of.values())}
-    for merge in merges:
-        ranks[bytes(byte_of[character] for character in merge if character != " ")] = len(ranks)
-    return ranks
+    apart = "\u0100"  # between merges: no byte's code point, and it encodes to none
+    table = str.maketrans({**byte_of, " ": None, "\n": apart})
+    tokens = "\n".join([*byte_of, *merges]).translate(table).split(apart)
+    return {token.encode("latin-1"): i for i, token in enumerate(tokens)}
 
 
 def without_surrogates(text: str) -> str:

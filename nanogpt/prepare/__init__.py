@@ -1,5 +1,4 @@
-"""Text to token files: train.bin, val.bin and the manifest that says what they are."""
+"""Text to token files: train.bin, val.bin and the manifest that says what they are.
 
-from nanogpt.prepare.bundled import cache_directory, ensure_bundled
-
-__all__ = ["cache_directory", "ensure_bundled"]
+Nothing is imported here: `python -m nanogpt.prepare` starts its workers' server before all that is heavy.
+"""

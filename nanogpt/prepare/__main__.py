@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanogpt.errors import UserError
-from nanogpt.prepare.build import PrepareConfig, prepare
-from nanogpt.prepare.check import inspect, verify
-from nanogpt.prepare.engines import ENGINES
+from nanogpt.prepare.config import (
+    ENGINES,
+    SPLIT_FRACTION,
+    SPLIT_SEED,
+    TOKENIZERS,
+    Options,
+    PrepareConfig,
+    choose_engine,
+)
 from nanogpt.prepare.manifest import SPLITS, Manifest, file_name
-from nanogpt.prepare.sources import SPLIT_FRACTION, SPLIT_SEED, Options
+from nanogpt.prepare.workers import start_server
 
 DESCRIPTION = """\
 Turn text into train.bin, val.bin (GPT-2 tokens, raw uint16) and manifest.json. Killed at any moment, the same
@@ -41,7 +47,7 @@ def main(arguments: list[str]) -> int:
             look(command, folder_argument(command, LOOKS[command], rest))
         else:
             config = parse(arguments)
-            report(config.out, prepare(config), "ready")
+            report(config.out, prepared(config), "ready")
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +59,15 @@ def main(arguments: list[str]) -> int:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def prepared(config: PrepareConfig) -> Manifest:
+    """What `build.prepare` returns, while the workers' server starts beside its imports."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more would spin while they wait for products
+    start_server(choose_engine(config.engine, config.tokenizer))
+    from nanogpt.prepare.build import prepare  # noqa: PLC0415  see above
+
+    return prepare(config)
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,7 +138,7 @@ def parse(arguments: list[str]) -> PrepareConfig:
     add(
         "--tokenizer",
         default="gpt2",
-        choices=("gpt2", "char"),
+        choices=TOKENIZERS,
         help="byte pairs, or one id a character (%(default)s)",
     )
     add("--limit", type=int, metavar="N", help="only the first N documents, 1 or more (all)")
@@ -172,6 +187,8 @@ def folder_argument(command: str, description: str, arguments: list[str]) -> Pat
 
 def look(command: str, folder: Path) -> None:
     """Verify or inspect `folder`, and print what is found."""
+    from nanogpt.prepare.check import verify  # noqa: PLC0415  not before the workers' server
+
     try:
         if command == "verify":
             report(folder, verify(folder), "everything is as its manifest says")
@@ -195,6 +212,8 @@ def report(folder: Path, manifest: Manifest, word: str) -> None:
 
 
 def show(folder: Path) -> None:
+    from nanogpt.prepare.check import inspect  # noqa: PLC0415  not before the workers' server
+
     manifest, looks = inspect(folder)
     revision = f" at {manifest.revision}" if manifest.revision else ""
     print(f"{folder}: {manifest.source}{revision}, {manifest.tokenizer['name']}, {manifest.vocab_size:,} ids")

@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 
 from nanogpt import __version__
 from nanogpt.errors import UserError
-from nanogpt.prepare.engines import ENGINES, EnginesDifferError, choose_engine
+from nanogpt.prepare.config import SPLIT_FRACTION, Options, PrepareConfig, choose_engine
+from nanogpt.prepare.engines import EnginesDifferError
 from nanogpt.prepare.journal import (
     FOLDER_NAME,
     Journal,
@@ -37,55 +39,12 @@ from nanogpt.prepare.manifest import (
 from nanogpt.prepare.progress import Progress
 from nanogpt.prepare.readers import Bad
 from nanogpt.prepare.shards import Job, Record, encode_all, read_shard, readable
-from nanogpt.prepare.sources import SPLIT_FRACTION, SPLIT_SEED, Options, Source, find_source
+from nanogpt.prepare.sources import Source, find_source
 from nanogpt.tokenizer import Tokenizer, characters, gpt2
 from nanogpt.units import format_bytes
 
 BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
 """Of English text; for the check of disk space."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """A run of `prepare`; each field is the flag of that name."""
-
-    source: str
-    out: Path
-    workers: int | None = None
-    """Processes; None is one for each core that this process may use."""
-    tokenizer: str = "gpt2"
-    text_column: str = "text"
-    split_seed: int = SPLIT_SEED
-    limit: int | None = None
-    skip_bad: bool = False
-    engine: str = "auto"
-    options: Options = field(default_factory=Options)
-
-    def __post_init__(self) -> None:
-        fraction = self.options.val_fraction
-        if fraction is not None and not 0 <= fraction < 1:
-            raise UserError(
-                f"got --val-fraction {fraction}, expected at least 0 and below 1; the usual is 0.0005"
-            )
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"got --workers {self.workers}, expected 1 or more; leave it out for one a core")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"got --limit {self.limit}, expected 1 or more documents; leave it out for all")
-        if self.split_seed < 0:
-            raise UserError(
-                f"got --split-seed {self.split_seed}, expected 0 or more; the usual is {SPLIT_SEED}"
-            )
-        if self.tokenizer not in BYTES_PER_TOKEN:
-            raise UserError(f"got --tokenizer {self.tokenizer}, expected gpt2 or char; set one of them")
-        if self.engine not in ("auto", *ENGINES):
-            raise UserError(
-                f"got --engine {self.engine}, expected auto, {' or '.join(ENGINES)}; set one of them"
-            )
-        if self.engine == "fastokens" and choose_engine("auto", self.tokenizer) != "fastokens":
-            raise UserError(
-                "got --engine fastokens, expected it installed and --tokenizer gpt2; "
-                "install `nanogpt[fast]` or leave the flag out"
-            )
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -301,39 +260,51 @@ def assemble(records: list[Record], validates: np.ndarray, folder: Path, out: Pa
 
     Documents keep the order of the source; there may be more in the last shard than `validates` speaks of.
     """
-    files = {split: TokenFile(folder / f"{file_name(split)}.partial") for split in SPLITS}
     start = 0
-    for record in records:
-        ids, lengths = read_shard(folder, record)
-        chosen = validates[start : start + record.documents]
-        start += chosen.size
-        lengths = lengths[: chosen.size]
-        ids = ids[: lengths.sum()]
-        files["train"].append(
-            ids if not chosen.any() else ids[np.repeat(~chosen, lengths)], int((~chosen).sum())
-        )
-        if chosen.any():
-            files["val"].append(ids[np.repeat(chosen, lengths)], int(chosen.sum()))
-    for split, file in files.items():
-        file.move_to(out / file_name(split))
+    with ThreadPoolExecutor(2) as helpers:
+        files = {split: TokenFile(folder / f"{file_name(split)}.partial", helpers) for split in SPLITS}
+        for record in records:
+            ids, lengths = read_shard(folder, record)
+            chosen = validates[start : start + record.documents]
+            start += chosen.size
+            lengths = lengths[: chosen.size]
+            ids = ids[: lengths.sum()]
+            files["train"].append(ids_where(ids, lengths, ~chosen), int((~chosen).sum()))
+            files["val"].append(ids_where(ids, lengths, chosen), int(chosen.sum()))
+        for split, file in files.items():
+            file.move_to(out / file_name(split))
     return files
 
 
-class TokenFile:
-    """A token file that grows, with what the manifest says about it."""
+def ids_where(ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The ids of the `wanted` documents, copied run by run; or all of them, as they are."""
+    if wanted.all():
+        return ids
+    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))  # starts and ends of runs, in turn
+    starts_and_ends = np.append(0, np.cumsum(lengths, dtype=np.int64))[edges].reshape(-1, 2)
+    return np.concatenate([ids[:0], *(ids[start:end] for start, end in starts_and_ends)])
 
-    def __init__(self, path: Path) -> None:
+
+class TokenFile:
+    """A token file that grows, with what the manifest says about it; hashed and flushed by `helpers`."""
+
+    def __init__(self, path: Path, helpers: ThreadPoolExecutor) -> None:
         self._path = path
         self._file = path.open("wb")
+        self._helpers = helpers
         self._digest = hashlib.sha256()
+        self._sent: Future[None] | None = None
         self.documents = self.tokens = self.max_token_id = 0
 
     def append(self, ids: np.ndarray, documents: int) -> None:
+        hashed = self._helpers.submit(self._digest.update, ids.data)
         self._file.write(ids.data)
-        self._digest.update(ids.data)
+        if self._sent is None or self._sent.done():
+            self._sent = self._helpers.submit(os.fdatasync, self._file.fileno())
         self.tokens += ids.size
         self.documents += documents
         self.max_token_id = max(self.max_token_id, int(ids.max(initial=0)))
+        hashed.result()
 
     @property
     def sha256(self) -> str:
@@ -342,6 +313,8 @@ class TokenFile:
     def move_to(self, path: Path) -> None:
         """Complete, on the disk, and only then under its name."""
         self._file.flush()
+        if self._sent is not None:
+            self._sent.result()  # raises what the disk had to say
         os.fsync(self._file.fileno())
         self._file.close()
         self._path.replace(path)

@@ -1,18 +1,18 @@
 """What turns documents into ids: tiktoken, the reference, or fastokens where it is installed and equal."""
 
 import functools
-import importlib.util
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 
 from nanogpt.tokenizer import Tokenizer, byte_alphabet, tokenizer_from, without_surrogates
 
-ENGINES = ("tiktoken", "fastokens")
 SAMPLE_FRACTION = 0.002
 """Of the characters of each batch, encoded again by tiktoken."""
 FIRST_CHARACTERS = 1 << 17
@@ -32,14 +32,6 @@ class Sample(NamedTuple):
 
 class EnginesDifferError(Exception):
     """A faster tokenizer gave other ids than tiktoken, or none: the run has to begin again with tiktoken."""
-
-
-def choose_engine(wanted: str, tokenizer_name: str) -> str:
-    """The engine of `--engine wanted`: for `auto` the fastest that is installed and knows the tokenizer."""
-    if wanted != "auto":
-        return wanted
-    installed = tokenizer_name == "gpt2" and importlib.util.find_spec("fastokens") is not None
-    return "fastokens" if installed else "tiktoken"
 
 
 def encoder(engine: str, tokenizer: str) -> Encode:
@@ -78,7 +70,8 @@ def check_sample(sample: Sample, reference: Tokenizer) -> None:
 
 @functools.cache
 def fastokens_encoder() -> Encode:
-    """GPT-2's tokenizer in fastokens, built from the merges file in the package; once in a process."""
+    """GPT-2's tokenizer in fastokens, on one core, of the merges in the package; built once in a process."""
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # RAYON_NUM_THREADS of 1 leaves it two
     import fastokens  # noqa: PLC0415  optional: the package works without it
 
     # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
@@ -97,11 +90,12 @@ def fastokens_encoder() -> Encode:
     return encode
 
 
+@functools.cache
 def tokenizer_json() -> str:
     """GPT-2's tokenizer in the format of Hugging Face's `tokenizer.json`, without its special token."""
     file = resources.files("nanogpt").joinpath("assets/vocab.bpe")
-    merges = file.read_text(encoding="utf-8").splitlines()[1:]
-    vocab = [*byte_alphabet(), *(merge.replace(" ", "") for merge in merges)]
+    merges = file.read_text(encoding="utf-8").strip().split("\n")[1:]
+    vocab = [*byte_alphabet(), *"\n".join(merges).replace(" ", "").split("\n")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model: dict[str, Any] = {
         "type": "BPE",
@@ -116,4 +110,4 @@ def tokenizer_json() -> str:
     }
     steps = {"normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
     extent = {"truncation": None, "padding": None, "added_tokens": []}
-    return json.dumps({"version": "1.0", **extent, **steps, "model": model})
+    return orjson.dumps({"version": "1.0", **extent, **steps, "model": model}).decode()

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedIOBase
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,8 +55,8 @@ class Lines:
     """Number of the first line, from 1; None where knowing it means reading what comes before."""
 
     def documents(self, column: str) -> Iterator[Document]:
-        for i, line in enumerate(self._read().split(b"\n")):
-            if line and not line.isspace():
+        for i, line in enumerate(BytesIO(self._read())):  # finds the ends faster than bytes.split
+            if not line.isspace():
                 yield quick_text(line, column) or json_text(line, column, partial(self._place, i))
 
     def _read(self) -> bytes:
@@ -164,7 +164,7 @@ def quick_text(line: bytes, column: str) -> str | None:
 
 def json_text(line: bytes, column: str, place: Callable[[], str]) -> Document:
     """The field `column` of a line of JSON. `place()` says where the line is."""
-    text = decoded(line, place)
+    text = decoded(line.removesuffix(b"\n"), place)
     if isinstance(text, Bad):
         return text
     try:

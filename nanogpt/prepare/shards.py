@@ -1,12 +1,9 @@
 """Worker processes turn parts of a source into shards: token files of their own, in the source's order."""
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,7 +11,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +19,7 @@ from nanogpt.errors import UserError
 from nanogpt.prepare.engines import Sample, check_sample, encoder, sample_of
 from nanogpt.prepare.readers import Bad, Document, Part, source_gone
 from nanogpt.prepare.sources import Shard
+from nanogpt.prepare.workers import prepare_worker, start_server, without_ctrl_c
 from nanogpt.tokenizer import Tokenizer, tokenizer_from
 
 BATCH_CHARACTERS = 1 << 20
@@ -200,39 +197,6 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
         pool.shutdown(cancel_futures=True)
 
 
-def start_server(engine: str) -> None:
-    """Start the process that workers are forked from, deaf to Ctrl-C from its first instruction on.
-
-    Early, because it takes as long for its imports and its tokenizer as the caller for all that it has to do.
-    """
-    multiprocessing.set_forkserver_preload([f"nanogpt.prepare.warm_{engine}"])
-    resource_tracker.ensure_running()  # first, because it ends by letting Ctrl-C through again
-    with without_ctrl_c():
-        forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def without_ctrl_c() -> Iterator[None]:
-    """A Ctrl-C within comes after it; processes that are started within never see one.
-
-    They inherit the mask. It is not enough for this process, where another thread, as of OpenBLAS, may be
-    given the signal, so that Python raises within after all.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python raises only in the main thread
-        return
-    came: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if came:
-        signal.raise_signal(signal.SIGINT)
-
-
 def record_of(result: Record | Future[tuple[Record, Sample | None]], reference: Tokenizer) -> Record:
     """The record, waited for and checked."""
     if isinstance(result, Record):
@@ -241,17 +205,3 @@ def record_of(result: Record | Future[tuple[Record, Sample | None]], reference: 
     if sample is not None:
         check_sample(sample, reference)
     return record
-
-
-def prepare_worker() -> None:
-    """One core for each worker, no word about Ctrl-C, and no life after the parent's, however that ended."""
-    os.environ["RAYON_NUM_THREADS"] = "1"  # fastokens reads it when it first encodes
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import SHAKESPEARE, TAIL_FRACTION
+from nanogpt.prepare.config import Options
 from nanogpt.prepare.readers import (
     BLOCK_BYTES,
     DAMAGED,
@@ -27,8 +28,6 @@ from nanogpt.prepare.readers import (
 PART_BYTES = 8 << 20
 """Text in one part: what a killed run loses at most for each worker, and a bound on memory."""
 STANDARD_INPUT = "-"
-SPLIT_FRACTION, SPLIT_SEED = 0.0005, 2357
-"""nanoGPT's for OpenWebText; whence its 4,007 validation documents."""
 HUB_SHORTHANDS = {
     # 80 parquet files, 8,013,769 documents
     "openwebtext": ("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c"),
@@ -38,18 +37,6 @@ COMPRESSIONS = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0}
 PARQUET_RATIO = 1.8
 JSON_LINES, PARQUET, TEXT = "JSON lines", "parquet", "text"
 KINDS = {".parquet": PARQUET, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".json": JSON_LINES, ".txt": TEXT}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a source is to be read, as the flags of the same names say."""
-
-    revision: str | None = None
-    config: str | None = None
-    split: str = "train"
-    separator: str | None = None
-    cached: bool = False
-    val_fraction: float | None = None
 
 
 @dataclass(frozen=True)
