@@ -19,8 +19,10 @@ override PYTHON_VERSION := $(value PYTHON_VERSION)
 override TORCH_BACKEND := $(value TORCH_BACKEND)
 export NGPUS MAX_RESTARTS GPUS ARGS PYTHON_VERSION TORCH_BACKEND
 
-# Without compiled files every process that imports torch compiles it anew, for ten seconds.
+# Without compiled files every process that imports torch compiles it anew, for ten seconds; so they are made at
+# installation, for those too who forbid Python to write them.
 unexport PYTHONDONTWRITEBYTECODE
+export UV_COMPILE_BYTECODE ?= 1
 
 # The uv on the PATH if it runs, else a private one.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
@@ -110,5 +112,6 @@ $(INSTALLED): requirements.lock pyproject.toml .venv/pyvenv.cfg
 	@$(as_pip_is_set); set -x; \
 	$(UV) pip install --quiet --python $(PYTHON) $${TORCH_BACKEND:+--torch-backend="$$TORCH_BACKEND"} \
 		-r requirements.lock && \
-	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable .
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable . && \
+	$(PYTHON) -m compileall -q nanogpt experiments benchmarks
 	@touch $@

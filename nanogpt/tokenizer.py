@@ -2,15 +2,14 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from nanogpt.byte_pairs import mergeable_ranks, merges_file, merges_of
 from nanogpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -137,8 +136,8 @@ class Characters:
 @functools.cache
 def gpt2() -> Tokenizer:
     """GPT-2's tokenizer: 50,257 ids, the last of them end of text. One for the process."""
-    file = resources.files("nanogpt").joinpath("assets/vocab.bpe").read_bytes()
-    return BytePairs(tuple(file.decode().splitlines()[1:]), hashlib.sha256(file).hexdigest())
+    file = merges_file()
+    return BytePairs(tuple(merges_of(file)), hashlib.sha256(file).hexdigest())
 
 
 def characters(text_or_alphabet: str) -> Tokenizer:
@@ -173,26 +172,6 @@ def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
             f"{tokenizer.describe()['sha256']}; prepare the data again with this version"
         )
     return tokenizer
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The byte that each character of the merges file stands for, in the order of GPT-2's ids 0 to 255.
-
-    Printable bytes of Latin-1 stand for themselves; the rest, in order, for the code points from 256 on.
-    Source: Radford et al. 2019, section 2.2, and the code published with it.
-    """
-    printable = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-def mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Bytes of each token to its id: the 256 single bytes, then merge i under id 256 + i."""
-    byte_of = byte_alphabet()
-    apart = "\u0100"  # between merges: no byte's code point, and it encodes to none
-    table = str.maketrans({**byte_of, " ": None, "\n": apart})
-    tokens = "\n".join([*byte_of, *merges]).translate(table).split(apart)
-    return {token.encode("latin-1"): i for i, token in enumerate(tokens)}
 
 
 def without_surrogates(text: str) -> str:

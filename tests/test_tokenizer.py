@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.byte_pairs import byte_alphabet
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import END_OF_TEXT, byte_alphabet, characters, gpt2, tokenizer_from
+from nanogpt.tokenizer import END_OF_TEXT, characters, gpt2, tokenizer_from
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -227,4 +228,6 @@ def show(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    gc.freeze()  # or all that was imported is searched for garbage before the process ends
+    sys.exit(status)

@@ -3,15 +3,13 @@
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
-from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import orjson
 
-from nanogpt.tokenizer import Tokenizer, byte_alphabet, tokenizer_from, without_surrogates
+from nanogpt.prepare.fast import fastokens_tokenizer
+from nanogpt.tokenizer import Tokenizer, tokenizer_from, without_surrogates
 
 SAMPLE_FRACTION = 0.002
 """Of the characters of each batch, encoded again by tiktoken."""
@@ -68,14 +66,9 @@ def check_sample(sample: Sample, reference: Tokenizer) -> None:
         raise EnginesDifferError("other ids for the same text")
 
 
-@functools.cache
 def fastokens_encoder() -> Encode:
-    """GPT-2's tokenizer in fastokens, on one core, of the merges in the package; built once in a process."""
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # RAYON_NUM_THREADS of 1 leaves it two
-    import fastokens  # noqa: PLC0415  optional: the package works without it
-
-    # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
-    fast = fastokens.Tokenizer.from_json_str(tokenizer_json())
+    """fastokens, as fast as it is from Python."""
+    fast = fastokens_tokenizer()
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -88,26 +81,3 @@ def fastokens_encoder() -> Encode:
         return np.frombuffer(ids, np.uint32).astype(np.uint16), lengths
 
     return encode
-
-
-@functools.cache
-def tokenizer_json() -> str:
-    """GPT-2's tokenizer in the format of Hugging Face's `tokenizer.json`, without its special token."""
-    file = resources.files("nanogpt").joinpath("assets/vocab.bpe")
-    merges = file.read_text(encoding="utf-8").strip().split("\n")[1:]
-    vocab = [*byte_alphabet(), *"\n".join(merges).replace(" ", "").split("\n")]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "vocab": {token: i for i, token in enumerate(vocab)},
-        "merges": merges,
-    }
-    steps = {"normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
-    extent = {"truncation": None, "padding": None, "added_tokens": []}
-    return orjson.dumps({"version": "1.0", **extent, **steps, "model": model}).decode()

@@ -1,15 +1,16 @@
 """Imported by the server that workers are forked from: they find imports and fastokens' tokenizer ready."""
 
+import gc
 import threading
 
-from nanogpt.prepare.engines import fastokens_encoder, tokenizer_json
+from nanogpt.prepare.fast import fastokens_tokenizer
 
-tokenizer_json()
-_tokenizer = threading.Thread(target=fastokens_encoder)
-_tokenizer.start()  # what is left to do needs no Python
+_tokenizer = threading.Thread(target=fastokens_tokenizer)
+_tokenizer.start()
 
-from nanogpt.prepare import arrow, build  # noqa: E402  see above
+from nanogpt.prepare import arrow, build  # noqa: E402  beside the thread
 
 __all__ = ["arrow", "build"]
 
 _tokenizer.join()
+gc.freeze()  # no collection in a worker copies these pages

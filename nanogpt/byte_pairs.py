@@ -1,0 +1,34 @@
+"""GPT-2's byte pairs, as they lie in the package. Light to import, so that `prepare` can begin with them."""
+
+from collections.abc import Sequence
+from importlib import resources
+
+
+def merges_file() -> bytes:
+    """OpenAI's `vocab.bpe`."""
+    return resources.files("nanogpt").joinpath("assets/vocab.bpe").read_bytes()
+
+
+def merges_of(file: bytes) -> list[str]:
+    """The merges in their order: two tokens, a blank between. The file's first line is its version."""
+    return file.decode().strip().split("\n")[1:]
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of the merges file stands for, in the order of GPT-2's ids 0 to 255.
+
+    Printable bytes of Latin-1 stand for themselves; the rest, in order, for the code points from 256 on.
+    Source: Radford et al. 2019, section 2.2, and the code published with it.
+    """
+    printable = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+def mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
+    """Bytes of each token to its id: the 256 single bytes, then merge i under id 256 + i."""
+    byte_of = byte_alphabet()
+    apart = "\u0100"  # between merges: no byte's code point, and it encodes to none
+    table = str.maketrans({**byte_of, " ": None, "\n": apart})
+    tokens = "\n".join([*byte_of, *merges]).translate(table).split(apart)
+    return {token.encode("latin-1"): i for i, token in enumerate(tokens)}
