@@ -1,5 +1,9 @@
 """torch.compile as this project uses it: one graph a function, counted by itself."""
 
+import contextlib
+import functools
+import importlib
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +11,8 @@ from typing import Any
 import torch
 
 
-def as_one_graph(function: Callable[..., Any], *, dynamic: bool = False) -> Callable[..., Any]:
+def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled at its first call, with a count of recompilations of its own.
-
-    With `dynamic` the graph is one for all sizes of its arguments, of two elements and more.
 
     torch.compile keeps graphs by code object. Without a copy of it two steps made of one source would share
     them, and with the ninth model in a process the limit of recompilations would be reached.
@@ -22,4 +24,28 @@ def as_one_graph(function: Callable[..., Any], *, dynamic: bool = False) -> Call
         function.__defaults__,
         function.__closure__,
     )
-    return torch.compile(own, fullgraph=True, dynamic=dynamic)
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        start_compiler()
+        return torch.compile(own, fullgraph=True)
+
+    return lambda *arguments: compiled()(*arguments)
+
+
+@functools.cache
+def start_compiler() -> None:
+    """Imports the compiler, and begins its look at the C++ compiler, to go on beside what the caller does.
+
+    With an empty cache that takes some seconds. The imports are over before: two threads that import the
+    same modules find them half made.
+    """
+    importlib.import_module("torch._inductor.compile_fx")
+    pick_vec_isa = importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa
+
+    def look() -> None:
+        with contextlib.suppress(Exception):  # what is wrong is said where a graph is compiled
+            pick_vec_isa()
+
+    if not torch.cuda.is_available():
+        threading.Thread(target=look, daemon=True).start()

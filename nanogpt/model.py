@@ -123,7 +123,7 @@ def init(
         if ".ln_" in f".{name}":
             return torch.ones(shape, device=generator.device)
         std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else INIT_STD
-        return torch.randn(shape, generator=generator, device=generator.device) * std
+        return torch.randn(shape, generator=generator, device=generator.device).mul_(std)
 
     return {name: place(init_leaf(name, leaf.shape)) for name, leaf in config.skeleton.named_parameters()}
 
@@ -238,8 +238,8 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
@@ -303,6 +303,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Embedding(nn.Module):
+    """A row of weights for each id. PyTorch's own draws values, on the meta device too, and that is slow."""
+
+    def __init__(self, n_ids: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_ids, n_out))
+
+    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... C"]:
+        return F.embedding(ids, self.weight)
 
 
 class Linear(nn.Module):

@@ -32,15 +32,15 @@ class Transform(NamedTuple):
 
 
 class Elementwise(Transform):
-    """A Transform that treats every element by itself, with some numbers from its state.
+    """A Transform that treats every element by itself, with some numbers that are computed before.
 
-    It may ask whether a leaf is a matrix, not for its name or size. So it may be given a tree leaf by leaf,
-    and one compiled leaf serves all others. The numbers stay outside of that graph: a compiler would compute
-    them anew for each element of each leaf.
+    So it may be given a tree leaf by leaf, each in any shape, and one compiled leaf serves all others. What
+    depends on a leaf's name or shape is in its numbers. They stay outside of that graph for another reason
+    as well: a compiler would compute them anew for each element of each leaf.
     """
 
-    numbers: Callable[[OptState], Tree]
-    """`opt_state` to 0-d tensors."""
+    numbers: Callable[[OptState, Tree], Tree]
+    """`(opt_state, params)` to 0-d tensors, or to trees with one for each parameter."""
     update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]]
     """`update` with the numbers as its last argument."""
 
@@ -104,30 +104,31 @@ def elementwise(
     init: Callable[[Tree], OptState],
     update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]],
     *,
-    numbers: Callable[[OptState], Tree] = lambda opt_state: (),
+    numbers: Callable[[OptState, Tree], Tree] = lambda opt_state, params: (),
 ) -> Elementwise:
     """The Elementwise of these functions."""
 
     def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
-        return update_leaves(updates, opt_state, params, numbers(opt_state))
+        return update_leaves(updates, opt_state, params, numbers(opt_state, params))
 
     transform = Elementwise(init, update)
     transform.numbers, transform.update_leaves = numbers, update_leaves
     return transform
 
 
-def numbers_of(transform: Transform, opt_state: OptState) -> Tree:
-    """The numbers of a elementwise transform, or of a chain of them."""
+def numbers_of(transform: Transform, opt_state: OptState, params: Tree) -> Tree:
+    """The numbers of an elementwise transform, or of a chain of them."""
     if isinstance(transform, Chain):
-        return tuple(map(numbers_of, transform.parts, opt_state))
+        parts = zip(transform.parts, opt_state, strict=True)
+        return tuple(numbers_of(part, state, params) for part, state in parts)
     assert isinstance(transform, Elementwise)
-    return transform.numbers(opt_state)
+    return transform.numbers(opt_state, params)
 
 
 def update_leaves(
     transform: Transform, updates: Tree, opt_state: OptState, params: Tree, numbers: Tree
 ) -> tuple[Tree, OptState]:
-    """`transform.update` on some leaves of the tree, with the `numbers_of` an elementwise one, or chain."""
+    """`transform.update` on some leaves of the tree, with the `numbers_of` an elementwise one, or a chain."""
     if isinstance(transform, Chain):
         states = []
         for part, state, its_numbers in zip(transform.parts, opt_state, numbers, strict=True):
@@ -187,7 +188,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
         zeros = tree.map(torch.zeros_like, params)
         return AdamState(_zero_like(params), zeros, tree.map(torch.zeros_like, params))
 
-    def corrections(opt_state: AdamState) -> Tree:
+    def corrections(opt_state: AdamState, params: Tree) -> Tree:
         count = (opt_state.count + 1).float()
         return 1 - b1**count, 1 - b2**count
 
@@ -212,12 +213,15 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
 
-    def update(updates: Tree, opt_state: OptState, params: Tree, numbers: Tree = ()) -> tuple[Tree, OptState]:
-        decayed = tree.map(lambda u, p, m: u + weight_decay * p if m else u, updates, params, mask(params))
-        return decayed, opt_state
+    def decays(opt_state: OptState, params: Tree) -> Tree:
+        device = tree.leaves(params)[0].device
+        some, none = (torch.full((), decay, device=device) for decay in (weight_decay, 0.0))
+        return tree.map(lambda decayed: some if decayed else none, mask(params))
 
-    # `matrices` only tells matrices from vectors; another mask may look at names.
-    return (elementwise if mask is matrices else Transform)(lambda params: (), update)
+    def update(updates: Tree, opt_state: OptState, params: Tree, numbers: Tree) -> tuple[Tree, OptState]:
+        return tree.map(lambda u, p, decay: u + decay * p, updates, params, numbers), opt_state
+
+    return elementwise(lambda params: (), update, numbers=decays)
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
@@ -226,7 +230,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(_zero_like(params))
 
-    def rate(opt_state: ScheduleState) -> Tree:
+    def rate(opt_state: ScheduleState, params: Tree) -> Tree:
         if callable(learning_rate):
             return learning_rate(opt_state.count)
         return torch.full_like(opt_state.count, learning_rate, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""An optimizer applied to a whole state: eagerly, or leaf by leaf with one graph for leaves of all sizes."""
+"""An optimizer applied to a whole state: eagerly, or leaf by leaf with one graph for all leaves."""
 
 from collections.abc import Callable
 
@@ -19,9 +19,8 @@ def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
     """The new parameters and state; with `donate` in the memory of the old ones.
 
     An optimizer that `optim.split` can take apart, as clipped AdamW, goes through the tree leaf by leaf, on
-    each rank's own rows: with `compile` a graph reads a leaf's gradient, moments and values once and writes
-    them once, one graph for all matrices and one for all vectors. Any other optimizer runs eagerly on the
-    tree as it is.
+    each rank's own rows: with `compile` a graph, the same for all, reads a leaf's gradient, moments and
+    values once and writes them once. Any other optimizer runs eagerly on the tree as it is.
     """
     parts = optim.split(optimizer)
     if parts is not None:
@@ -48,24 +47,26 @@ def make_update_by_leaf(
         new = apply_updates(params, updates), new_opt_state
         return tree.overwrite_slots((params, opt_state), new, params) if donate else new
 
-    update_vector = update_matrix = update_leaf
-    if compile:
-        update_vector, update_matrix = (as_one_graph(update_leaf, dynamic=True) for _ in range(2))
+    compiled = as_one_graph(update_leaf) if compile else update_leaf
+
+    def in_a_row(leaf: Tensor) -> Tensor:
+        row = leaf.view(-1)
+        if compile:
+            torch._dynamo.maybe_mark_dynamic(row, 0)  # one graph for any number of elements
+        return row
 
     def update(grads: Params, norm: Tensor, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
         factor = torch.ones_like(norm) if scaling is None else scaling.factor(norm)
         old = (params, opt_state if scaling is None else opt_state[1:])
-        numbers = optim.numbers_of(elementwise, old[1])
+        numbers = optim.numbers_of(elementwise, old[1], params)
         own_old = sharding.local(old)
-        flat = tree.map(flattened, own_old)
-        flat_grads = tree.map(flattened, sharding.local(grads))
-        parts = tree.split((flat_grads, flat[1], flat[0]), params)
+        flat = tree.map(in_a_row, own_old)
+        flat_grads = tree.map(in_a_row, sharding.local(grads))
+        parts = tree.split((numbers, flat_grads, flat[1], flat[0]), params)
         for name, part in parts.items():
-            leaf = flat[0][name]
-            update_one = update_vector if leaf.ndim < 2 else update_matrix
-            if leaf.numel() < 2:  # a rank may have no rows of it, and a graph of any size wants two elements
-                update_one = update_leaf
-            parts[name] = update_one(factor, numbers, *part)
+            # A rank may have no rows of a leaf, and a graph of any size wants two elements.
+            update_one = compiled if flat[0][name].numel() > 1 else update_leaf
+            parts[name] = update_one(factor, *part)
         new = tree.join(flat, params, parts)
         if donate:  # slots are in their old place already; a count, which all leaves have read, is not
             tree.overwrite(flat, new)
@@ -75,8 +76,3 @@ def make_update_by_leaf(
         return new_params, new_state if scaling is None else (opt_state[0], *new_state)
 
     return torch.no_grad()(update)
-
-
-def flattened(leaf: Tensor) -> Tensor:
-    """The elements in a row: [N], of a matrix [1 N], so that it is still told from a vector."""
-    return leaf.view(-1) if leaf.ndim < 2 else leaf.view(1, -1)

@@ -147,7 +147,7 @@ def test_compiled_steps_equal_eager_ones_and_are_compiled_once(every: Every) -> 
     for rank in every["2"]:
         check_close(rank.compiled_losses, rank.losses[:3], 1e-6)
         # A block and a chunk of the head; the update of a block, and of the rest.
-        assert rank.graphs == [4, 4, 4]
+        assert rank.graphs == [3, 3, 3]
 
 
 def test_a_state_is_made_leaf_by_leaf_and_only_the_rows_of_the_rank_stay(every: Every) -> None:

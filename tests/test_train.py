@@ -330,9 +330,9 @@ def compiled() -> Iterator[Compiled]:
         yield compiled
 
 
-def test_training_takes_four_graphs_evaluation_two_and_sampling_one(compiled: Compiled):
-    """A block, a chunk of the head, AdamW of a block and of the rest; the first two once more; one token."""
-    assert compiled.graphs == 4 + 2 + 1
+def test_training_takes_three_graphs_evaluation_two_and_sampling_one(compiled: Compiled):
+    """A block, a chunk of the head, AdamW of a leaf; the first two once more; one token."""
+    assert compiled.graphs == 3 + 2 + 1
 
 
 def test_compiled_steps_equal_eager_ones(compiled: Compiled):

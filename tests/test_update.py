@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "two clips": chain(clip_by_global_norm(0.5), clip_by_global_norm(0.25), adamw(SCHEDULE)),
     "loss scale": dynamic_loss_scale(chain(clip_by_global_norm(0.5), adamw(SCHEDULE))),
 }
-BY_LEAF = {"clip, adamw", "adamw alone"}
+BY_LEAF = {"clip, adamw", "adamw alone", "a mask by name"}
 
 
 def grads_of(step: int) -> Params:
@@ -86,7 +86,7 @@ def test_a_tree_split_and_joined_is_the_tree() -> None:
     assert all(a is b for a, b in zip(tree.leaves(joined), tree.leaves(whole), strict=True))
 
 
-def test_two_graphs_update_leaves_of_all_sizes_and_none() -> None:
+def test_one_graph_updates_leaves_of_all_sizes_and_none() -> None:
     """As a rank has them that got no rows of a leaf, or one element."""
     shapes = [(3, 4), (2, 5), (7,), (9,), (1,), (0, 4), (1, 1)]
     params = {str(shape): torch.ones(shape) for shape in shapes}
@@ -95,7 +95,7 @@ def test_two_graphs_update_leaves_of_all_sizes_and_none() -> None:
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     grads, opt_state = tree.map(torch.ones_like, params), optimizer.init(params)
     got, _ = update(grads, tree.global_norm(grads), opt_state, params)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
     updates, _ = optimizer.update(grads, opt_state, params)
     for name, leaf in optim.apply_updates(params, updates).items():
         torch.testing.assert_close(got[name], leaf, rtol=1e-6, atol=0)
