@@ -11,7 +11,7 @@ from nanogpt.byte_pairs import byte_alphabet, merges_file, merges_of
 
 @functools.cache
 def fastokens_tokenizer() -> Any:
-    """A `fastokens.Tokenizer` for one core; built once in a process, mostly without Python's lock."""
+    """A `fastokens.Tokenizer` for one core; built once in a process."""
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # RAYON_NUM_THREADS of 1 leaves it two
     import fastokens  # noqa: PLC0415  optional: the package works without it
 
@@ -19,6 +19,7 @@ def fastokens_tokenizer() -> Any:
     return fastokens.Tokenizer.from_json_str(tokenizer_json())
 
 
+@functools.cache
 def tokenizer_json() -> str:
     """GPT-2's tokenizer in the format of Hugging Face's `tokenizer.json`, without its special token."""
     merges = merges_of(merges_file())

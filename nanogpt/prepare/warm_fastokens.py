@@ -3,10 +3,11 @@
 import gc
 import threading
 
-from nanogpt.prepare.fast import fastokens_tokenizer
+from nanogpt.prepare.fast import fastokens_tokenizer, tokenizer_json
 
+tokenizer_json()
 _tokenizer = threading.Thread(target=fastokens_tokenizer)
-_tokenizer.start()
+_tokenizer.start()  # what it has left to do needs no lock of Python's
 
 from nanogpt.prepare import arrow, build  # noqa: E402  beside the thread
 
