@@ -261,7 +261,7 @@ def assemble(records: list[Record], validates: np.ndarray, folder: Path, out: Pa
     Documents keep the order of the source; there may be more in the last shard than `validates` speaks of.
     """
     start = 0
-    with ThreadPoolExecutor(2) as helpers:
+    with ThreadPoolExecutor(2 * len(SPLITS)) as helpers:  # a hash and a flush for each file
         files = {split: TokenFile(folder / f"{file_name(split)}.partial", helpers) for split in SPLITS}
         for record in records:
             ids, lengths = read_shard(folder, record)
