@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks.contenders import CONTENDERS, Work, installed_contenders
+from benchmarks.contenders import Work, installed_contenders
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
 from benchmarks.worker import Memory, Started, Worker
 from nanogpt import perf
@@ -161,7 +161,7 @@ def main() -> None:
     with one_line_errors():
         config = tyro.cli(PeersConfig)
         work = work_of(config)
-        say(f"{', '.join(config.contenders or tuple(CONTENDERS))}: {work}")
+        say(f"{', '.join(config.contenders or installed_contenders())}: {work}")
         result = compare(config)
     print(table_of(result))
     finish(result)

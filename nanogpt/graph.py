@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import subprocess
 import threading
 import types
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def start_compiler() -> None:
     pick_vec_isa = importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa
 
     def look() -> None:
-        with contextlib.suppress(Exception):  # what is wrong is said where a graph is compiled
+        # Where there is no compiler, or a broken one, the first graph says so.
+        with contextlib.suppress(RuntimeError, OSError, subprocess.SubprocessError):
             pick_vec_isa()
 
     if not torch.cuda.is_available():

@@ -351,6 +351,16 @@ def test_the_same_seed_twice_gives_the_same_bits(compiled: Compiled):
     assert same_bits(*compiled.metrics)
 
 
+def test_a_step_goes_on_from_a_copied_state_with_the_same_bits(compiled: Compiled):
+    """What a compiled run with dropout does after a checkpoint: the masks follow from the step alone."""
+    batches = [batch_of(step, A=2) for step in range(STEPS)]
+    middle, first = run_steps(compiled.train_step, start(), batches[:3])
+    middle = tree.map(torch.clone, middle)
+    last, rest = run_steps(compiled.train_step, middle, batches[3:])
+    assert same_bits(last, compiled.states[0])
+    assert same_bits([*first, *rest], compiled.metrics[0])
+
+
 def test_compiled_evaluation_equals_the_eager_one(compiled: Compiled):
     eval_step = make_eval_step(TINY, precision="float32", compile=False)
     for step, (state, loss) in enumerate(zip((start(), *compiled.states), compiled.eval_losses, strict=True)):
