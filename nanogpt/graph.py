@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 
-def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_one_graph(function: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
     """`function` compiled at its first call, with a count of recompilations of its own.
+
+    `dynamic` is torch.compile's: False takes every size as it is, except those that are marked.
 
     torch.compile keeps graphs by code object. Without a copy of it two steps made of one source would share
     them, and with the ninth model in a process the limit of recompilations would be reached.
@@ -29,7 +31,7 @@ def as_one_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.cache
     def compiled() -> Callable[..., Any]:
         start_compiler()
-        return torch.compile(own, fullgraph=True)
+        return torch.compile(own, fullgraph=True, dynamic=dynamic)
 
     return lambda *arguments: compiled()(*arguments)
 

@@ -47,7 +47,8 @@ def make_update_by_leaf(
         new = apply_updates(params, updates), new_opt_state
         return tree.overwrite_slots((params, opt_state), new, params) if donate else new
 
-    compiled = as_one_graph(update_leaf) if compile else update_leaf
+    # Not what other leaves were like in this process, only the mark below says what may differ.
+    compiled = as_one_graph(update_leaf, dynamic=False) if compile else update_leaf
 
     def in_a_row(leaf: Tensor) -> Tensor:
         row = leaf.view(-1)
