@@ -111,7 +111,7 @@ def test_compiled_once_and_resumed_bit_for_bit(go: Go, tmp_path: Path) -> None:
     quick = {"model__dropout": 0}  # compiled masks are another test's
     whole = go(tmp_path / "whole", **quick)
     graphs = counters["stats"]["unique_graphs"] - before
-    # a block, a chunk of the head, AdamW of a matrix and of a vector; for evaluation the first two once more
+    # a block, a chunk of the head, AdamW of a leaf; for evaluation the first two once more
     assert graphs == 3 + 2, f"{graphs} graphs were compiled in a run, expected 5"
     go(tmp_path / "halves", train__stop_after=10, **quick)
     torch.compiler.reset()  # as in a new process

@@ -146,7 +146,7 @@ def test_an_optimizer_that_sees_the_whole_tree_does_the_same_on_a_mesh(every: Ev
 def test_compiled_steps_equal_eager_ones_and_are_compiled_once(every: Every) -> None:
     for rank in every["2"]:
         check_close(rank.compiled_losses, rank.losses[:3], 1e-6)
-        # A block and a chunk of the head; the update of a block, and of the rest.
+        # A block, a chunk of the head, the update of a leaf.
         assert rank.graphs == [3, 3, 3]
 
 

@@ -66,7 +66,7 @@ def prepared(config: PrepareConfig) -> Manifest:
     """What `build.prepare` returns, while the workers' server starts beside its imports."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more would spin while they wait for products
     start_server(choose_engine(config.engine, config.tokenizer))
-    from nanogpt.prepare.build import prepare  # noqa: PLC0415  see above
+    from nanogpt.prepare.build import prepare  # noqa: PLC0415  heavy, and the server starts beside it
 
     return prepare(config)
 
@@ -188,13 +188,13 @@ def folder_argument(command: str, description: str, arguments: list[str]) -> Pat
 
 def look(command: str, folder: Path) -> None:
     """Verify or inspect `folder`, and print what is found."""
-    from nanogpt.prepare.check import verify  # noqa: PLC0415  not before the workers' server
+    from nanogpt.prepare import check  # noqa: PLC0415  heavy: a run starts its workers' server before numpy
 
     try:
         if command == "verify":
-            report(folder, verify(folder), "everything is as its manifest says")
+            report(folder, check.verify(folder), "everything is as its manifest says")
         else:
-            show(folder)
+            show(folder, *check.inspect(folder))
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -212,10 +212,7 @@ def report(folder: Path, manifest: Manifest, word: str) -> None:
     print(f"{folder}: {word}")
 
 
-def show(folder: Path) -> None:
-    from nanogpt.prepare.check import inspect  # noqa: PLC0415  not before the workers' server
-
-    manifest, looks = inspect(folder)
+def show(folder: Path, manifest: Manifest, looks: dict[str, Any]) -> None:
     revision = f" at {manifest.revision}" if manifest.revision else ""
     print(f"{folder}: {manifest.source}{revision}, {manifest.tokenizer['name']}, {manifest.vocab_size:,} ids")
     for split, look in looks.items():

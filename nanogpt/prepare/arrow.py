@@ -72,7 +72,7 @@ def python_values(values: pyarrow.Array) -> list[Any]:
 
 def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
     """A file on this machine, or `hf://...` on the hub."""
-    return open_hub_parquet(name, cached) if name.startswith(HUB) else pq.ParquetFile(name, memory_map=True)
+    return open_hub_parquet(name, cached) if name.startswith(HUB) else pq.ParquetFile(name)
 
 
 @functools.lru_cache(maxsize=2)

@@ -270,7 +270,8 @@ def assemble(records: list[Record], validates: np.ndarray, folder: Path, out: Pa
             lengths = lengths[: chosen.size]
             ids = ids[: lengths.sum()]
             files["train"].append(ids_where(ids, lengths, ~chosen), int((~chosen).sum()))
-            files["val"].append(ids_where(ids, lengths, chosen), int(chosen.sum()))
+            if chosen.any():
+                files["val"].append(ids_where(ids, lengths, chosen), int(chosen.sum()))
         for split, file in files.items():
             file.move_to(out / file_name(split))
     return files
@@ -300,11 +301,17 @@ class TokenFile:
         hashed = self._helpers.submit(self._digest.update, ids.data)
         self._file.write(ids.data)
         if self._sent is None or self._sent.done():
+            self._check_sent()
             self._sent = self._helpers.submit(os.fdatasync, self._file.fileno())
         self.tokens += ids.size
         self.documents += documents
         self.max_token_id = max(self.max_token_id, int(ids.max(initial=0)))
         hashed.result()
+
+    def _check_sent(self) -> None:
+        """Raises what the disk had to say, which it says once."""
+        if self._sent is not None:
+            self._sent.result()
 
     @property
     def sha256(self) -> str:
@@ -313,8 +320,7 @@ class TokenFile:
     def move_to(self, path: Path) -> None:
         """Complete, on the disk, and only then under its name."""
         self._file.flush()
-        if self._sent is not None:
-            self._sent.result()  # raises what the disk had to say
+        self._check_sent()
         os.fsync(self._file.fileno())
         self._file.close()
         self._path.replace(path)
