@@ -1,6 +1,7 @@
 """Prepare: equal to a plain loop for any source, workers and kills; a sentence for each mistake."""
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -18,6 +19,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +33,7 @@ import tiktoken
 from nanogpt.errors import UserError
 from nanogpt.prepare import arrow, check, sources
 from nanogpt.prepare.__main__ import main
-from nanogpt.prepare.build import ids_where, validation_mask
+from nanogpt.prepare.build import TokenFile, ids_where, validation_mask
 from nanogpt.prepare.bundled import bundled_text, ensure_bundled
 from nanogpt.prepare.config import SPLIT_FRACTION, SPLIT_SEED
 from nanogpt.prepare.engines import (
@@ -137,6 +139,23 @@ def test_the_ids_of_some_documents_are_those_that_a_mask_of_tokens_would_choose(
         chosen = ids_where(ids, lengths, wanted)
         assert chosen.dtype == np.uint16
         np.testing.assert_array_equal(chosen, ids[np.repeat(wanted, lengths)])
+
+
+def test_what_the_disk_says_to_an_early_flush_is_not_lost(tmp_path, monkeypatch):
+    """It says so once: the flush at the end succeeds."""
+
+    def fails_once(file: int) -> None:
+        monkeypatch.undo()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    with ThreadPoolExecutor(1) as helpers:
+        file = TokenFile(tmp_path / "partial", helpers)
+        file.append(np.zeros(4, np.uint16), 1)
+        helpers.submit(int).result()  # the flush has ended
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            file.append(np.zeros(4, np.uint16), 1)
+        file._file.close()
 
 
 def test_openwebtext_would_have_the_4007_validation_documents_that_the_field_knows():
