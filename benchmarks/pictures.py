@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.contenders import Work
 from benchmarks.limit import products_of
 from nanogpt import perf
-from nanogpt.loss import DEFAULT_CHUNK_TOKENS
+from nanogpt.loss import chunk_tokens_of
 from nanogpt.model import GPT2Config
 
 Result = dict[str, Any]
@@ -87,7 +87,8 @@ def draw_memory(axes: Axes, result: Result) -> None:
                 batch_size=work["batch_size"],
                 block_size=work["model"]["block_size"],
                 precision=work["precision"],
-                loss_chunk_tokens=DEFAULT_CHUNK_TOKENS,
+                loss_chunk_tokens=chunk_tokens_of(work["device"]),
+                compile=work["compile"],
             )
         )
         how = "" if work["compile"] else " eager"

@@ -19,7 +19,7 @@ from benchmarks import dry_run
 from benchmarks.contenders import Work
 from benchmarks.measure import facts, finish, one_line_errors, read_result, table
 from nanogpt import perf
-from nanogpt.loss import DEFAULT_CHUNK_TOKENS
+from nanogpt.loss import chunk_tokens_of
 from nanogpt.model import GPT2Config
 from nanogpt.units import format_bytes
 
@@ -222,7 +222,7 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
         batch_size=batch_size,
         block_size=model.block_size,
         precision="bfloat16",
-        loss_chunk_tokens=DEFAULT_CHUNK_TOKENS,
+        loss_chunk_tokens=chunk_tokens_of("cuda"),
     )
     alone = {kind: size for kind, size in plan.items() if kind != "total"}
     work, by_layout = Work(model=model, batch_size=batch_size, compile=False), {(1, 1): alone}

@@ -98,13 +98,15 @@ def chunk_loss_and_grads(
     """Summed loss of N tokens, and the gradients of weight * loss by `row` and by the logits.
 
     Written out, since it is short: the gradient of a cross-entropy by the logits is softmax less one-hot.
-    Padded columns get logits of -inf, so they take no probability and their gradient is 0.
+    Padded columns are left out of the sum, so they take no probability. What stands in their gradient meets
+    rows of the head that are 0, and rows of its gradient that nobody reads; it only has to be finite.
     """
-    columns = torch.arange(head.shape[0], device=head.device)
-    logits = F.linear(row, head).float().masked_fill(columns >= vocab_size, -torch.inf)
-    log_total = logits.logsumexp(-1, keepdim=True)
+    logits = F.linear(row, head).float()
+    log_total = logits[:, :vocab_size].logsumexp(-1, keepdim=True)
     loss = (log_total - logits.gather(1, target[:, None])).sum()
-    logits_grad = ((logits - log_total).exp() - (columns == target[:, None]).float()) * weight
+    columns = torch.arange(head.shape[0], dtype=torch.int32, device=head.device)
+    one_hot = (columns == target[:, None].int()).float()
+    logits_grad = ((logits - log_total).clamp(max=0).exp() - one_hot) * weight
     logits_grad = logits_grad.to(row.dtype)
     return loss, logits_grad @ head, logits_grad
 

@@ -302,7 +302,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class Embedding(nn.Module):
@@ -326,6 +326,17 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.t(), self.bias)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU with the tanh of Hendrycks and Gimpel 2016, as OpenAI's code has it: x (1 + tanh u) / 2.
+
+    A compiled graph takes the same as x sigmoid(2 u): an exponential costs a CPU half of what a tanh does.
+    Eagerly that would be five tensors to remember instead of one.
+    """
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 def causal_attention(

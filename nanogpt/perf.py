@@ -20,12 +20,12 @@ from nanogpt.units import format_bytes
 USABLE_FRACTION = 0.9
 """Part of the available memory that a plan may fill; the rest is for fragmentation and the runtime."""
 
-SAVED_PER_LAYER = 16
-"""Numbers that a block keeps for backward, per token and in units of n_embd, in the compute dtype.
+SAVED_PER_LAYER = 10
+"""Numbers that a compiled block keeps for backward, per token and in units of n_embd, in the compute dtype:
+input 1, q k v 3, attention output 1, residual 1, hidden layer before GELU 4."""
 
-Input 1, first norm 1, q k v 3, attention output 1, residual 1, second norm 1, hidden layer before and after
-GELU 8.
-"""
+SAVED_PER_EAGER_LAYER = 16
+"""What an eager one keeps: besides these both norms 2 and the hidden layer after GELU 4."""
 
 BYTES_PER_LOGIT = 8
 """fp32: the logit and its gradient, 4 + 4. Half precision: logit 2, its fp32 softmax 4, gradient 2."""
@@ -193,20 +193,22 @@ def memory_plan(
     loss_chunk_tokens: int,
     optimizer_slots: int = 2,
     shards: int = 1,
+    compile: bool = True,
 ) -> dict[str, int]:
     """Bytes that a training step needs on one device, by kind, and their "total".
 
     Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32. Half precision adds a copy
     of the parameters to compute with. Each of several `shards` keeps its part of these, and the whole
     parameters and gradients while it computes. Activations are what backward needs of `batch_size`
-    sequences of `block_size` tokens: SAVED_PER_LAYER x n_embd numbers a token and block, one fp32 log-sum-exp
-    a head (no T x T matrix: attention is fused), and the last norm's input and output. Logits are those of
-    one chunk of the loss, BYTES_PER_LOGIT each.
+    sequences of `block_size` tokens: SAVED_PER_LAYER x n_embd numbers a token and block, without `compile`
+    SAVED_PER_EAGER_LAYER; one fp32 log-sum-exp a head (no T x T matrix: attention is fused), and the last
+    norm's input and output. Logits are those of one chunk of the loss, BYTES_PER_LOGIT each.
     """
     number = 4 if precision == "float32" else 2
     parameters = 4 * parameter_count(config)
     tokens = batch_size * block_size
-    per_layer = SAVED_PER_LAYER * config.n_embd * number + 4 * config.n_head
+    saved = SAVED_PER_LAYER if compile else SAVED_PER_EAGER_LAYER
+    per_layer = saved * config.n_embd * number + 4 * config.n_head
     own = math.ceil(parameters / shards)
     copied = parameters * number // 4 if shards > 1 or precision != "float32" else 0
     plan = {
@@ -230,6 +232,7 @@ def fit_batch_size(
     available_bytes: int,
     optimizer_slots: int = 2,
     shards: int = 1,
+    compile: bool = True,
 ) -> int:
     """The largest divisor of `batch_size` whose plan fills at most USABLE_FRACTION of `available_bytes`.
 
@@ -246,6 +249,7 @@ def fit_batch_size(
             loss_chunk_tokens=loss_chunk_tokens,
             optimizer_slots=optimizer_slots,
             shards=shards,
+            compile=compile,
         )
         return plan["total"]
 

@@ -52,6 +52,7 @@ def plan_text(plan: Plan) -> str:
         precision=plan.precision,
         loss_chunk_tokens=plan.loss_chunk_tokens,
         shards=plan.mesh[1],
+        compile=plan.compile,
     )
     kinds = [f"{kind} {format_bytes(size)}" for kind, size in memory.items() if kind != "total" and size]
     flops = perf.flops_per_token(model, spec.block_size)

@@ -140,12 +140,13 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
     dataset = team.together(lambda: open_dataset(config))
     team.agree({"the data": dataset.hash, "the precision of this device": precision})
     start = starting_step(config, dataset, checkpointer)
-    spec = team.together(lambda: fit(config, batch_spec(config, team.world), hardware, precision, shape[1]))
+    compile = config.train.compile and can_compile(hardware.device, console)
+    wanted = team.together(lambda: batch_spec(config, team.world))
+    spec = team.together(lambda: fit(config, wanted, hardware, precision, shards=shape[1], compile=compile))
     sizes = [int(size) for size in team.gather(str(spec.batch_size))]  # the smallest device decides
     spec = dataclasses.replace(spec, batch_size=min(sizes))
-    if spec != (wanted := batch_spec(config, team.world)):
+    if spec != wanted:
         console.message(cut_in_words(wanted, spec, hardware.name))
-    compile = config.train.compile and can_compile(hardware.device, console)
     peak_flops, source = perf.peak_flops(hardware, precision)
     return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
 
@@ -241,7 +242,13 @@ def batch_spec(config: RunConfig, place: World) -> BatchSpec:
 
 
 def fit(
-    config: RunConfig, spec: BatchSpec, hardware: perf.Hardware, precision: Precision, shards: int = 1
+    config: RunConfig,
+    spec: BatchSpec,
+    hardware: perf.Hardware,
+    precision: Precision,
+    *,
+    shards: int = 1,
+    compile: bool = True,
 ) -> BatchSpec:
     """`spec` with microsteps that the device's free memory holds, the same tokens a step."""
     batch_size = perf.fit_batch_size(
@@ -252,6 +259,7 @@ def fit(
         loss_chunk_tokens=chunk_tokens_of(hardware.device.type),
         available_bytes=hardware.available_bytes,
         shards=shards,
+        compile=compile,
     )
     return dataclasses.replace(spec, batch_size=batch_size)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nanogpt.model import (
     causal_attention_with_dropout,
     dropout,
     fold_in,
+    gelu,
     init,
     keep_mask,
     padded_head,
@@ -51,6 +53,24 @@ def relative_differences(got: Params, expected: Params) -> dict[str, float]:
     """Norm of the difference over norm, by name."""
     assert tree.diff(got, expected) == []
     return {name: float((got[name] - leaf).norm() / leaf.norm()) for name, leaf in expected.items()}
+
+
+# Equal to PyTorch's operators
+
+
+def test_gelu_in_a_graph_is_gelu():
+    x = torch.cat([torch.linspace(-12, 12, 4801), torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])])
+    in_graph = torch.compile(gelu, fullgraph=True, backend="eager")
+    got, expected = (taken(f, x) for f in (in_graph, gelu))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)  # 1 + tanh cancels where x is negative
+    assert not got[0].equal(expected[0])  # it is the other formula
+
+
+def taken(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the function and of its derivative."""
+    x = x.clone().requires_grad_()
+    y = function(x)
+    return y.detach(), torch.autograd.grad(y.sum(), x)[0]
 
 
 # Equal to Hugging Face's GPT2LMHeadModel

@@ -151,6 +151,14 @@ def test_fp32_needs_no_copy_to_compute_with_and_twice_the_activations():
     assert full["activations"] == pytest.approx(2 * half["activations"], rel=0.01)  # but for the log-sum-exp
 
 
+def test_an_eager_block_remembers_what_a_compiled_one_computes_again():
+    shape = {"batch_size": 4, "block_size": 1024, "loss_chunk_tokens": 1024, "precision": "float32"}
+    eager, compiled = (
+        perf.memory_plan(GPT2Config(), **shape, compile=compile)["activations"] for compile in (False, True)
+    )
+    assert eager - compiled == 4 * 1024 * 12 * 6 * 768 * 4  # norms 2, after GELU 4
+
+
 def test_a_chunk_of_logits_is_no_longer_than_the_batch():
     plan = perf.memory_plan(TINY, batch_size=1, block_size=5, precision="float32", loss_chunk_tokens=4096)
     assert plan["logits"] == 5 * 11 * 8

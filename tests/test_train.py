@@ -1,6 +1,7 @@
 """A step is the usual training step as a pure function: equal to the usual one, and compiled once."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from reference import hugging_face, hugging_face_loss
 from torch import Tensor
 
-from nanogpt import tree
+from nanogpt import model, perf, tree
 from nanogpt.data import Batch
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config, fold_in
@@ -30,6 +31,7 @@ from nanogpt.train import (
     TrainStep,
     init_state,
     make_eval_step,
+    make_loss,
     make_train_step,
     make_value_and_grad,
 )
@@ -168,7 +170,9 @@ def test_bfloat16_gradients_are_those_of_float32_up_to_rounding():
 
 # torch.compile instantiates an autograd function to look at it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_an_eager_step_can_be_compiled_into_one_graph():
+def test_an_eager_step_can_be_compiled_into_one_graph(monkeypatch: pytest.MonkeyPatch):
+    # the one formula that is another in a graph; all else keeps its bits
+    monkeypatch.setattr(model, "gelu", functools.partial(torch.nn.functional.gelu, approximate="tanh"))
     eager = make_train_step(DROPPING, OPTIMIZER, precision="float32", compile=False)
     whole = torch.compile(eager, fullgraph=True, backend="aot_eager")
     batches = [batch_of(step, A=2) for step in range(2)]
@@ -365,6 +369,36 @@ def test_compiled_evaluation_equals_the_eager_one(compiled: Compiled):
     eval_step = make_eval_step(TINY, precision="float32", compile=False)
     for step, (state, loss) in enumerate(zip((start(), *compiled.states), compiled.eval_losses, strict=True)):
         torch.testing.assert_close(loss, eval_step(state.params, batch_of(step)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("compile", "widths"), [(True, perf.SAVED_PER_LAYER), (False, perf.SAVED_PER_EAGER_LAYER)]
+)
+def test_a_block_remembers_what_the_memory_plan_says(compile: bool, widths: int):
+    two = dataclasses.replace(TINY, n_layer=2)
+    sizes = [remembered(config, compile=compile) for config in (TINY, two)]
+    B, T, C, H = 4, TINY.block_size, TINY.n_embd, TINY.n_head
+    norms = 2 * 2 * B * T  # mean and deviation a token, which the plan leaves out
+    assert sizes[1] - sizes[0] == widths * B * T * C + H * B * T + norms
+
+
+def remembered(config: GPT2Config, *, compile: bool) -> int:
+    """Numbers that the loss keeps for its backward pass, each memory counted once, parameters left out."""
+    params = init_state(config, OPTIMIZER, torch.Generator().manual_seed(0)).params
+    leaves = {name: leaf.requires_grad_() for name, leaf in params.items()}
+    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.setdefault(saved.untyped_storage().data_ptr(), saved)
+        return saved
+
+    loss = make_loss(config, precision="float32", attention="auto", loss_chunk_tokens=64, compile=compile)
+    inputs, targets = (part[0] for part in batch_of(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        value = loss(leaves, inputs, targets, torch.tensor(0), torch.tensor(1.0))
+    assert value.requires_grad
+    return sum(saved.untyped_storage().nbytes() // 4 for place, saved in kept.items() if place not in known)
 
 
 @pytest.mark.parametrize("length", [1, 3, 15, 16, 20])
