@@ -148,12 +148,23 @@ def memory_bandwidth(device: str) -> float:
     return 2 * BANDWIDTH_BYTES / seconds_of(lambda: target.copy_(source), device)
 
 
-def floor_of(work: Work) -> dict[str, Any]:
+MEMORY = "memory"
+Rates = dict[str, float]
+"""FLOP/s by product, and under MEMORY bytes a second."""
+
+
+def rates_of(work: Work) -> Rates:
+    """What this device does now, which other programs can only make less."""
+    products = products_of(work.model, work.batch_size * work.model.block_size)
+    rates = {product.name: product_rate(product, work) for product in products}
+    return rates | {MEMORY: memory_bandwidth(work.device)}
+
+
+def floor_of(work: Work, rates: Rates) -> dict[str, Any]:
     """Seconds by kind that a step cannot go below, and the rates that say so."""
     model, rows = work.model, work.batch_size * work.model.block_size
-    products = products_of(model, rows)
-    rates = {product.name: product_rate(product, work) for product in products}
-    bandwidth = memory_bandwidth(work.device)
+    products, bandwidth = products_of(model, rows), rates[MEMORY]
+    rates = {name: rate for name, rate in rates.items() if name != MEMORY}
     # Scores and their product with the values, forward 2 and backward 5 products (scores once more), half of
     # each.
     attention_flops = 7 * model.n_layer * model.n_embd * model.block_size * rows
@@ -218,11 +229,13 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
 
 
 def benchmark(config: LimitConfig) -> dict[str, Any]:
-    """Floor, breakdown, and how much of the step the floor is."""
+    """Floor, by the best rates before and after the steps; breakdown, and how much of a step the floor is."""
     work = work_of(config)
-    floor = floor_of(work)
-    say(f"floor: {floor['total_s']:.3f} s")
+    before = rates_of(work)
+    say(f"floor: {floor_of(work, before)['total_s']:.3f} s")
     parts = breakdown(work, config.contender, config.steps)
+    after = rates_of(work)
+    floor = floor_of(work, {name: max(before[name], after[name]) for name in before})
     return {
         "benchmark": "limit",
         "contender": config.contender,

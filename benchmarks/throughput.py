@@ -105,8 +105,8 @@ def works_of(config: ThroughputConfig) -> list[Work]:
     ]
 
 
-def measure(work: Work, config: ThroughputConfig, peaks: dict[str, tuple[float, str]]) -> dict[str, Any]:
-    """One row: a work and its numbers, or what stopped it."""
+def measure(work: Work, config: ThroughputConfig) -> dict[str, Any]:
+    """One row but for its MFU: a work and its numbers, or what stopped it."""
     try:
         starts = cold_and_warm_s(config.contender, work) if config.starts and work.compile else {}
         with Worker(config.contender, work) as worker:
@@ -115,37 +115,47 @@ def measure(work: Work, config: ThroughputConfig, peaks: dict[str, tuple[float, 
             memory = worker.memory()
     except WorkerError as error:
         return {"work": asdict(work), "error": str(error).strip().splitlines()[-1]}
-    return row_of(work, seconds, peaks[work.precision], memory._asdict(), started.first_step_s) | {
-        "starts": starts
-    }
+    return row_of(work, seconds, memory._asdict(), started.first_step_s) | {"starts": starts}
 
 
 def row_of(
-    work: Work,
-    seconds: list[float],
-    peak: tuple[float, str],
-    memory: dict[str, int],
-    first_step_s: float,
-    *,
-    ranks: int = 1,
+    work: Work, seconds: list[float], memory: dict[str, int], first_step_s: float, *, ranks: int = 1
 ) -> dict[str, Any]:
-    """One row: `ranks` times the work took `seconds`; `peak` is of all devices, `memory` of the fullest."""
+    """One row but for its MFU: `ranks` times the work took `seconds`; `memory` is of the fullest device."""
     step = spread(seconds)
     tokens_per_second = ranks * work.tokens / step.median
-    flops = perf.flops_per_token(work.model, work.model.block_size)
     return {
         "work": asdict(work),
         "ranks": ranks,
         "tokens_per_second": tokens_per_second,
-        "mfu": tokens_per_second * flops / peak[0],
-        "peak_flops": peak[0],
-        "peak_source": peak[1],
+        "flops_per_second": tokens_per_second * perf.flops_per_token(work.model, work.model.block_size),
         "step_s": step._asdict(),
         "seconds": seconds,
         "memory": memory,
         "first_step_s": first_step_s,
         "starts": {},
     }
+
+
+Peaks = dict[str, tuple[float, str]]
+"""By precision: FLOP/s of all devices together, and where that comes from."""
+
+
+def higher(one: Peaks, other: Peaks) -> Peaks:
+    """The higher of both. A CPU's peak is measured before, between and after the rows: other programs only
+    make it lower, and one that is low for a moment would make the MFU more than it was."""
+    return {precision: max(one[precision], other[precision]) for precision in one}
+
+
+def with_mfu(rows: list[dict[str, Any]], peaks: Peaks) -> list[dict[str, Any]]:
+    """The rows with the share of their precision's peak that they reached."""
+    results = []
+    for row in rows:
+        if "error" not in row:
+            peak, source = peaks[row["work"]["precision"]]
+            row = row | {"mfu": row["flops_per_second"] / peak, "peak_flops": peak, "peak_source": source}
+        results.append(row)
+    return results
 
 
 def cold_and_warm_s(contender: str, work: Work) -> dict[str, float]:
@@ -166,19 +176,22 @@ def benchmark(config: ThroughputConfig) -> dict[str, Any]:
     works = works_of(config)
     device = torch.device(works[0].device)
     hardware = perf.detect(device)
-    peaks = {
-        precision: perf.peak_flops(hardware, precision) for precision in {work.precision for work in works}
-    }
-    rows = []
+    precisions = {work.precision for work in works}
+
+    def peaks_now() -> Peaks:
+        return {precision: perf.peak_flops(hardware, precision) for precision in precisions}
+
+    rows, peaks = [], peaks_now()
     for number, work in enumerate(works):
-        rows.append(measure(work, config, peaks))
+        rows.append(measure(work, config))
+        peaks = higher(peaks, peaks_now())
         outcome = rows[-1].get("error") or f"{rows[-1]['tokens_per_second']:,.0f} tokens/s"
         say(f"{number + 1} of {len(works)}: {outcome}")
     return {
         "benchmark": "throughput",
         "contender": config.contender,
         "facts": facts(str(device)),
-        "rows": rows,
+        "rows": with_mfu(rows, peaks),
     }
 
 
@@ -194,10 +207,15 @@ def benchmark_sharded(config: ThroughputConfig, here: World) -> dict[str, Any]:
         local_size=here.local_size,
     )
     mesh = sharding.make_mesh(device.type, shape)
-    peaks = {precision: peak_of_all(hardware, precision) for precision in {w.precision for w in works}}
-    rows = []
+    precisions = sorted({work.precision for work in works})  # in the same order on all ranks
+
+    def peaks_now() -> Peaks:
+        return {precision: peak_of_all(hardware, precision) for precision in precisions}
+
+    rows, peaks = [], peaks_now()
     for number, work in enumerate(works):
-        rows.append(measure_sharded(work, config, mesh, peaks[work.precision]))
+        rows.append(measure_sharded(work, config, mesh))
+        peaks = higher(peaks, peaks_now())
         if here.rank == 0:
             say(f"{number + 1} of {len(works)}: {rows[-1]['tokens_per_second']:,.0f} tokens/s")
     return {
@@ -205,7 +223,7 @@ def benchmark_sharded(config: ThroughputConfig, here: World) -> dict[str, Any]:
         "contender": "ours",
         "facts": facts(str(device)),
         "mesh": {"replicate": shape[0], "shard": shape[1]},
-        "rows": rows,
+        "rows": with_mfu(rows, peaks),
     }
 
 
@@ -218,10 +236,11 @@ def peak_of_all(hardware: perf.Hardware, precision: str) -> tuple[float, str]:
     return total.item(), f"the sum over {dist.get_world_size()} ranks; each: {source}"
 
 
-def measure_sharded(
-    work: Work, config: ThroughputConfig, mesh: DeviceMesh, peak: tuple[float, str]
-) -> dict[str, Any]:
-    """One row, the same on all ranks. On CUDA steps are launched one after the other and each is the mean."""
+def measure_sharded(work: Work, config: ThroughputConfig, mesh: DeviceMesh) -> dict[str, Any]:
+    """One row but for its MFU, the same on all ranks.
+
+    On CUDA steps are launched one after the other and each is the mean.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     optimizer, batches = make_optimizer(work), batches_of(work, rank, size)
     state = init_state(work.model, optimizer, torch.Generator(work.device).manual_seed(SEED), mesh=mesh)
@@ -250,7 +269,7 @@ def measure_sharded(
     if work.device != "cpu":
         torch.cuda.empty_cache()  # the next row's peak is its own
     memory = {"steps": int(of_steps), "whole": int(whole)}
-    return row_of(work, seconds, peak, memory, first_step_s, ranks=size)
+    return row_of(work, seconds, memory, first_step_s, ranks=size)
 
 
 def check_sharded(config: ThroughputConfig) -> ThroughputConfig:

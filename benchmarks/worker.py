@@ -97,12 +97,13 @@ class Served:
         return value
 
     def close(self) -> None:
-        if self._process.is_alive():
-            self._process.terminate()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.kill()
+        """Ends the process: by the end of its requests, or else by signals."""
         self._connection.close()
+        for insist in (lambda: None, self._process.terminate, self._process.kill):
+            insist()
+            self._process.join(timeout=10)
+            if not self._process.is_alive():
+                return
 
     def __enter__(self) -> Self:
         return self

@@ -259,9 +259,26 @@ def test_under_torchrun_the_step_is_the_sharded_one() -> None:
 
 def test_a_row_of_several_ranks_is_of_the_whole_job() -> None:
     memory = {"steps": 1, "whole": 2}
-    row = throughput.row_of(WORK, [2.0], (1e9, "peak of all"), memory, 3.0, ranks=4)
+    row = throughput.row_of(WORK, [2.0], memory, 3.0, ranks=4)
+    (row,) = throughput.with_mfu([row], {WORK.precision: (1e9, "peak of all")})
     assert row["tokens_per_second"] == 4 * WORK.tokens / 2.0
     assert row["mfu"] == row["tokens_per_second"] * perf.flops_per_token(TINY, TINY.block_size) / 1e9
+
+
+def test_a_peak_measured_in_a_busy_moment_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([1e9, 4e9, 2e9])
+    monkeypatch.setattr(perf, "peak_flops", lambda *_: (next(rates), "measured"))
+    monkeypatch.setattr(
+        throughput,
+        "measure",
+        lambda work, _: throughput.row_of(work, [2.0], {"steps": 1, "whole": 2}, 3.0),
+    )
+    config = throughput.ThroughputConfig(
+        batch_size=(1, 2), compile=(False,), precision=("float32",), device="cpu"
+    )
+    result = throughput.benchmark(config)
+    assert [row["peak_flops"] for row in result["rows"]] == [4e9, 4e9]
+    assert [row["mfu"] for row in result["rows"]] == [row["flops_per_second"] / 4e9 for row in result["rows"]]
 
 
 def test_throughput_has_a_row_for_each_combination() -> None:
