@@ -1,7 +1,8 @@
 """`python -m benchmarks.peers`: the same training step by us and by others, turn by turn in one run.
 
 Each contender lives in a process of its own and they take turns, one step each (eight on CUDA), so that
-whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn.
+whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn. MFU is of the peak
+of perf.peak_flops; where that is measured, of the best one measured before and after the turns.
 """
 
 import contextlib
@@ -84,6 +85,8 @@ def compare(config: PeersConfig) -> dict[str, Any]:
     work = work_of(config)
     names = list(config.contenders or installed_contenders())
     steps = config.steps or (1 if work.device == "cpu" else 8)
+    hardware = perf.detect(torch.device(work.device))
+    peak, source = perf.peak_flops(hardware, work.precision)
     with contextlib.ExitStack() as stack:
         workers, starts, times = {}, {}, {name: [] for name in names}
         for name in names:
@@ -97,6 +100,7 @@ def compare(config: PeersConfig) -> dict[str, Any]:
                 seconds, losses[name] = workers[name].turn(steps)
                 times[name].append(spread(seconds).median)
             say(f"turn {turn + 1}: " + ", ".join(f"{name} {times[name][-1]:.3f} s" for name in names))
+            peak = max(peak, perf.peak_flops(hardware, work.precision)[0])
         memory = {name: worker.memory() for name, worker in workers.items()}
     check_equal_work(losses, work)
     return {
@@ -104,8 +108,12 @@ def compare(config: PeersConfig) -> dict[str, Any]:
         "facts": facts(work.device),
         "work": asdict(work),
         "steps_in_a_turn": steps,
+        "peak_flops": peak,
+        "peak_source": source,
         "contenders": {
-            name: contender_result(work, times[name], times["ours"], losses[name], starts[name], memory[name])
+            name: contender_result(
+                work, peak, times[name], times["ours"], losses[name], starts[name], memory[name]
+            )
             for name in names
         },
     }
@@ -121,12 +129,20 @@ def check_equal_work(losses: dict[str, float], work: Work) -> None:
 
 
 def contender_result(
-    work: Work, seconds: list[float], our_seconds: list[float], loss: float, start: Started, memory: Memory
+    work: Work,
+    peak: float,
+    seconds: list[float],
+    our_seconds: list[float],
+    loss: float,
+    start: Started,
+    memory: Memory,
 ) -> dict[str, Any]:
     """One contender's numbers; `speedup_of_ours` is its time over ours in the same turn."""
     step = spread(seconds)
+    rate = work.tokens / step.median
     return {
-        "tokens_per_second": work.tokens / step.median,
+        "tokens_per_second": rate,
+        "mfu": rate * perf.flops_per_token(work.model, work.model.block_size) / peak,
         "step_s": step._asdict(),
         "seconds": seconds,
         "speedup_of_ours": spread(a / b for a, b in zip(seconds, our_seconds, strict=True))._asdict(),
@@ -145,6 +161,7 @@ def table_of(result: dict[str, Any]) -> str:
             [
                 name,
                 f"{row['tokens_per_second']:,.0f}",
+                f"{row['mfu']:.1%}",
                 f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})",
                 f"{ratio['median']:.3f} ({ratio['low']:.3f} - {ratio['high']:.3f})",
                 format_bytes(row["memory"]["steps"]),
@@ -153,8 +170,10 @@ def table_of(result: dict[str, Any]) -> str:
                 f"{row['loss']:.4f}",
             ]
         )
-    header = ["contender", "tokens/s", "step s: median (min - max)", "ours is x times as fast (quartiles)"]
-    return table([*header, "peak, steps", "peak, whole", "first step s", "loss"], rows)
+    header = ["contender", "tokens/s", "MFU", "step s: median (min - max)"]
+    header += ["ours is x times as fast (quartiles)", "peak, steps", "peak, whole", "first step s", "loss"]
+    note = f"MFU is of {result['peak_flops'] / 1e12:.4g} TFLOP/s, {result['peak_source']}"
+    return "\n".join([table(header, rows), note])
 
 
 def main() -> None:

@@ -57,8 +57,8 @@ COMMANDS = {
     },
     "cpu without fast bfloat16": {  # where a token takes ten times as long
         "throughput": "--batch-size 1 2 --block-size 512 --compile True False --steps 3 --starts",
-        "peers": "--batch-size 1 --block-size 512 --turns 6",
-        "limit": "--batch-size 1 --block-size 512",
+        "peers": "--batch-size 4 --block-size 1024 --turns 5",
+        "limit": "--batch-size 4 --block-size 1024 --steps 2",
         "data": "",
         "prepare": "--workers 2 --rounds 2",
         "parts": "--repeats 3 --new-tokens 16",
