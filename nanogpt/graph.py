@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import logging
 import subprocess
 import threading
 import types
@@ -45,6 +46,8 @@ def start_compiler() -> None:
     where their gradient is taken, instead of keeping what they wrote: 10 numbers a feature and block to
     remember instead of 16, in the same time.
     """
+    # With CUDA's compiler and no GPU a machine is told so at each start; the plan names the device.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     importlib.import_module("torch._inductor.compile_fx")
     settings: Any = importlib.import_module("torch._functorch.config")
     settings.ban_recompute_materialized_backward = False

@@ -98,16 +98,16 @@ def chunk_loss_and_grads(
     """Summed loss of N tokens, and the gradients of weight * loss by `row` and by the logits.
 
     Written out, since it is short: the gradient of a cross-entropy by the logits is softmax less one-hot.
-    Padded columns are left out of the sum, so they take no probability. What stands in their gradient meets
-    rows of the head that are 0, and rows of its gradient that nobody reads; it only has to be finite.
+    Padded columns are left out of the sum, so they take no probability, and their gradient is 0. A mask only
+    there, and of 32-bit numbers: one in each pass took a third of the chunk's time outside of products.
     """
     logits = F.linear(row, head).float()
     log_total = logits[:, :vocab_size].logsumexp(-1, keepdim=True)
     loss = (log_total - logits.gather(1, target[:, None])).sum()
     columns = torch.arange(head.shape[0], dtype=torch.int32, device=head.device)
     one_hot = (columns == target[:, None].int()).float()
-    logits_grad = ((logits - log_total).clamp(max=0).exp() - one_hot) * weight
-    logits_grad = logits_grad.to(row.dtype)
+    logits_grad = ((logits - log_total).exp() - one_hot) * weight
+    logits_grad = logits_grad.masked_fill(columns >= vocab_size, 0).to(row.dtype)
     return loss, logits_grad @ head, logits_grad
 
 

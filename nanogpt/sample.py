@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nanogpt import command
 from nanogpt.checkpoint import load_params
 from nanogpt.errors import UserError
+from nanogpt.graph import as_one_graph
 from nanogpt.model import GPT2Config, Params
 from nanogpt.tokenizer import Tokenizer, tokenizer_from
 
@@ -89,8 +90,8 @@ def decode(
 
 @functools.cache
 def compiled_decode() -> Callable[..., Float[Tensor, "B V"]]:
-    """`decode` as one graph. Made when asked for: torch.compile imports for seconds."""
-    return torch.compile(decode, fullgraph=True, dynamic=False)
+    """`decode` as one graph, the same one for every text."""
+    return as_one_graph(decode, dynamic=False)
 
 
 def draw(

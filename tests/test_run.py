@@ -436,7 +436,7 @@ def test_microsteps_are_cut_to_what_the_device_has_free() -> None:
     config = RunConfig(model=GPT2Config.named("gpt2"), data=DataConfig(batch_size=64))
     spec = BatchSpec(block_size=1024, batch_size=64, total_batch_size=524288, seed=0)
     gpu = perf.Hardware(
-        torch.device("cpu"), "a GPU", 8, 24 * 10**9, 20 * 10**9, bf16_fast=True, fp16_fast=True
+        torch.device("cpu"), "a GPU", 8, 24 * 10**9, 15 * 10**9, bf16_fast=True, fp16_fast=True
     )
     cut = fit(config, spec, gpu, "bfloat16")
     assert cut.batch_size < 64

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -284,6 +287,51 @@ def test_an_eval_step_sums_the_loss_of_the_targets_that_count():
     torch.testing.assert_close(summed, expected, rtol=1e-6, atol=0)  # sums in another order
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is nothing to be silent about")
+def test_a_machine_with_cuda_s_compiler_and_no_gpu_starts_silently():
+    program = "from nanogpt.graph import start_compiler; start_compiler()"
+    environment = os.environ | {"CUDA_HOME": "/usr"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("compile", "widths"), [(True, perf.SAVED_PER_LAYER), (False, perf.SAVED_PER_EAGER_LAYER)]
+)
+def test_a_block_remembers_what_the_memory_plan_says(compile: bool, widths: int):
+    two = dataclasses.replace(TINY, n_layer=2)
+    sizes = [remembered(config, compile=compile) for config in (TINY, two)]
+    B, T, C, H = 4, TINY.block_size, TINY.n_embd, TINY.n_head
+    norms = 2 * 2 * B * T  # mean and deviation a token, which the plan leaves out
+    assert sizes[1] - sizes[0] == widths * B * T * C + H * B * T + norms
+
+
+def remembered(config: GPT2Config, *, compile: bool) -> int:
+    """Numbers that the loss keeps for its backward pass, each memory counted once, parameters left out."""
+    params = init_state(config, OPTIMIZER, torch.Generator().manual_seed(0)).params
+    leaves = {name: leaf.requires_grad_() for name, leaf in params.items()}
+    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.setdefault(saved.untyped_storage().data_ptr(), saved)
+        return saved
+
+    loss = make_loss(config, precision="float32", attention="auto", loss_chunk_tokens=64, compile=compile)
+    inputs, targets = (part[0] for part in batch_of(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        value = loss(leaves, inputs, targets, torch.tensor(0), torch.tensor(1.0))
+    assert value.requires_grad
+    return sum(saved.untyped_storage().nbytes() // 4 for place, saved in kept.items() if place not in known)
+
+
 # Compiled: one compilation for all tests below, with dropout and two microsteps
 
 
@@ -369,36 +417,6 @@ def test_compiled_evaluation_equals_the_eager_one(compiled: Compiled):
     eval_step = make_eval_step(TINY, precision="float32", compile=False)
     for step, (state, loss) in enumerate(zip((start(), *compiled.states), compiled.eval_losses, strict=True)):
         torch.testing.assert_close(loss, eval_step(state.params, batch_of(step)), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("compile", "widths"), [(True, perf.SAVED_PER_LAYER), (False, perf.SAVED_PER_EAGER_LAYER)]
-)
-def test_a_block_remembers_what_the_memory_plan_says(compile: bool, widths: int):
-    two = dataclasses.replace(TINY, n_layer=2)
-    sizes = [remembered(config, compile=compile) for config in (TINY, two)]
-    B, T, C, H = 4, TINY.block_size, TINY.n_embd, TINY.n_head
-    norms = 2 * 2 * B * T  # mean and deviation a token, which the plan leaves out
-    assert sizes[1] - sizes[0] == widths * B * T * C + H * B * T + norms
-
-
-def remembered(config: GPT2Config, *, compile: bool) -> int:
-    """Numbers that the loss keeps for its backward pass, each memory counted once, parameters left out."""
-    params = init_state(config, OPTIMIZER, torch.Generator().manual_seed(0)).params
-    leaves = {name: leaf.requires_grad_() for name, leaf in params.items()}
-    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(saved: Tensor) -> Tensor:
-        kept.setdefault(saved.untyped_storage().data_ptr(), saved)
-        return saved
-
-    loss = make_loss(config, precision="float32", attention="auto", loss_chunk_tokens=64, compile=compile)
-    inputs, targets = (part[0] for part in batch_of(0))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        value = loss(leaves, inputs, targets, torch.tensor(0), torch.tensor(1.0))
-    assert value.requires_grad
-    return sum(saved.untyped_storage().nbytes() // 4 for place, saved in kept.items() if place not in known)
 
 
 @pytest.mark.parametrize("length", [1, 3, 15, 16, 20])
