@@ -69,7 +69,8 @@ def draw_speed(axes: Axes, result: Result) -> None:
         fastest = [count / row["step_s"]["min"] for (_, row), count in zip(points, tokens, strict=True)]
         axes.plot(sizes, rates, marker="o", label=label)
         axes.vlines(sizes, slowest, fastest, linewidth=1, alpha=0.6)
-    axes.set(xlabel="sequences in a microstep", ylabel="tokens/s", ylim=(0, None))
+    measured = sorted({size for points in lines.values() for size, _ in points})
+    axes.set(xlabel="sequences in a microstep", xticks=measured, ylabel="tokens/s", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -93,7 +94,7 @@ def draw_memory(axes: Axes, result: Result) -> None:
         )
         how = "" if work["compile"] else " eager"
         labels.append(f"{work['batch_size']} x {work['model']['block_size']}{how}")
-    for kind in [kind for kind in plans[0] if kind != "total"]:
+    for kind in [kind for kind in plans[0] if kind != "total" and any(plan[kind] for plan in plans)]:
         sizes = [plan[kind] / 1e9 for plan in plans]
         axes.bar(range(len(rows)), sizes, bottom=bottoms, label=kind, width=0.6)
         bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
