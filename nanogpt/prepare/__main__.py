@@ -66,7 +66,7 @@ def prepared(config: PrepareConfig) -> Manifest:
     """What `build.prepare` returns, while the workers' server starts beside its imports."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more would spin while they wait for products
     start_server(choose_engine(config.engine, config.tokenizer))
-    from nanogpt.prepare.build import prepare  # noqa: PLC0415  heavy, and the server starts beside it
+    from nanogpt.prepare.build import prepare  # noqa: PLC0415  0.2 s in which the server starts already
 
     return prepare(config)
 
@@ -98,85 +98,108 @@ def parse(arguments: list[str]) -> PrepareConfig:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "source",
         metavar="SOURCE",
         help="openwebtext, owner/name on the hub (parquet), a file or folder of .parquet, "
         ".jsonl or .txt (the last two also .gz, .xz, .zst), - for standard input, or shakespeare (bundled); "
         "or a command: verify DIR, inspect DIR",
     )
-    add(
+    add_result_flags(parser)
+    add_document_flags(parser)
+    add_hub_flags(parser)
+    add_work_flags(parser)
+    flags = parser.parse(arguments)
+    names = Options.__dataclass_fields__
+    options = Options(**{name: value for name, value in flags.items() if name in names})
+    return PrepareConfig(
+        options=options, **{name: value for name, value in flags.items() if name not in names}
+    )
+
+
+def add_result_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("the files that are made")
+    group.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
         help="folder for the files; created where it is missing",
     )
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes, 1 or more; the files do not depend on it (one a core)",
+    group.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        choices=TOKENIZERS,
+        help="byte pairs, or one id a character (%(default)s)",
     )
-    add(
+    group.add_argument(
         "--val-fraction",
         type=float,
         metavar="F",
         help="documents that validate, 0 to below 1 "
         f"({SPLIT_FRACTION}); of a single text, the part at its end (0.1)",
     )
-    add(
+    group.add_argument(
         "--split-seed",
         type=int,
         default=SPLIT_SEED,
         metavar="N",
         help="which documents validate, 0 or more (%(default)s)",
     )
-    add(
+
+
+def add_document_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("the documents of the source")
+    group.add_argument(
         "--text-column", default="text", metavar="NAME", help="column or JSON field of the text (%(default)s)"
     )
-    add(
-        "--tokenizer",
-        default="gpt2",
-        choices=TOKENIZERS,
-        help="byte pairs, or one id a character (%(default)s)",
-    )
-    add("--limit", type=int, metavar="N", help="only the first N documents, 1 or more (all)")
-    add(
+    group.add_argument(
         "--separator",
         metavar="LINE",
         help="in text: a line of its own between documents, as in --separator=--- (a file is a document)",
     )
-    add(
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N documents, 1 or more (all)")
+    group.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out documents that cannot be used, and count them (stop there)",
     )
-    add(
+
+
+def add_hub_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("a source on the hub")
+    group.add_argument(
         "--revision",
         metavar="REV",
         help="commit, tag or branch of a hub data set (the newest; openwebtext: a fixed one)",
     )
-    add("--config", metavar="NAME", help="configuration of a hub data set, such as sample-10BT (its default)")
-    add("--split", default="train", metavar="NAME", help="split of a hub data set (%(default)s)")
-    add(
+    group.add_argument(
+        "--config", metavar="NAME", help="configuration of a hub data set, such as sample-10BT (its default)"
+    )
+    group.add_argument(
+        "--split", default="train", metavar="NAME", help="split of a hub data set (%(default)s)"
+    )
+    group.add_argument(
         "--cached",
         action="store_true",
         help="download hub files into the cache of `datasets` first (read as a stream)",
     )
-    add(
+
+
+def add_work_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("the work")
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes, 1 or more; the files do not depend on it (one a core)",
+    )
+    group.add_argument(
         "--engine",
         default="auto",
         choices=("auto", *ENGINES),
         help="what does the work; fastokens is checked against "
         "tiktoken on the way and given up at the first difference (%(default)s: fastokens where installed)",
-    )
-    flags = parser.parse(arguments)
-    names = Options.__dataclass_fields__
-    options = Options(**{name: value for name, value in flags.items() if name in names})
-    return PrepareConfig(
-        options=options, **{name: value for name, value in flags.items() if name not in names}
     )
 
 
@@ -188,7 +211,7 @@ def folder_argument(command: str, description: str, arguments: list[str]) -> Pat
 
 def look(command: str, folder: Path) -> None:
     """Verify or inspect `folder`, and print what is found."""
-    from nanogpt.prepare import check  # noqa: PLC0415  heavy: a run starts its workers' server before numpy
+    from nanogpt.prepare import check  # noqa: PLC0415  0.2 s that a run spends after its server has started
 
     try:
         if command == "verify":

@@ -3,18 +3,48 @@
 import functools
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx2
 import pyarrow
 import pyarrow.parquet as pq
 
-from nanogpt.prepare.readers import Bad, Part, Rows, Unreadable, damaged, hub_unreachable, missing_column
+from nanogpt.prepare.readers import (
+    Bad,
+    Document,
+    Part,
+    Unreadable,
+    damaged,
+    hub_unreachable,
+    missing_column,
+    text_of,
+)
 
 HUB = "hf://"
 READ_ERRORS = (pyarrow.ArrowException, EOFError, OSError, httpx2.HTTPError)
 BATCH_ROWS = 64
 """Rows in memory at once: few, because a row may be a book; for pages faster than 256 or 1,000."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row groups of a parquet file, on this machine or on the hub."""
+
+    name: str
+    groups: tuple[int, ...]
+    first_row: int
+    """Number of the first of these rows in the file, from 0."""
+    cached: bool
+    """Whether a file on the hub is downloaded as a whole before it is read."""
+
+    def documents(self, column: str) -> Iterator[Document]:
+        for row, value in enumerate(column_values(self, column), self.first_row):
+            if (isinstance(value, str) and value) or isinstance(value, Bad):
+                yield value
+            else:
+                yield text_of(value, partial("{} row {:,}".format, self.name, row))
 
 
 def row_parts(name: str, part_bytes: int, cached: bool) -> Iterator[tuple[Part, int]]:
@@ -78,7 +108,7 @@ def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
 @functools.lru_cache(maxsize=2)
 def open_hub_parquet(name: str, cached: bool) -> pq.ParquetFile:
     """Kept open, because asking the hub for a file again and again takes longer than reading a part of it."""
-    from nanogpt.prepare import hub  # noqa: PLC0415  slow to import, and only this needs it
+    from nanogpt.prepare import hub  # noqa: PLC0415  a second that files on this machine do without
 
     return pq.ParquetFile(hub.open_file(name, cached), pre_buffer=True)
 

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
 from io import BufferedIOBase, BufferedReader
@@ -109,15 +109,11 @@ def source_named(name: str, options: Options) -> Source:
 
 
 def hub_source(name: str, options: Options) -> Source:
-    from nanogpt.prepare import arrow, hub  # noqa: PLC0415  slow to import, and only this needs it
+    from nanogpt.prepare import hub  # noqa: PLC0415  a second that sources on this machine do without
 
     full_name, pinned = HUB_SHORTHANDS.get(name, (name, None))
     revision = options.revision or pinned
     files = hub.find_files(full_name, revision=revision, config=options.config, split=options.split)
-
-    def parts() -> Iterator[tuple[Part, int]]:
-        for file in files.names:
-            yield from arrow.row_parts(file, PART_BYTES, options.cached)
 
     return Source(
         name=full_name,
@@ -125,8 +121,16 @@ def hub_source(name: str, options: Options) -> Source:
         source_bytes=sum(files.sizes),
         text_bytes=int(PARQUET_RATIO * sum(files.sizes)),
         identity=[full_name, files.revision, options.config, options.split],
-        parts=parts,
+        parts=lambda: parquet_parts(files.names, cached=options.cached),
     )
+
+
+def parquet_parts(names: Iterable[str], *, cached: bool) -> Iterator[tuple[Part, int]]:
+    """Parts of all these files, on this machine or on the hub."""
+    from nanogpt.prepare import arrow  # noqa: PLC0415  0.1 s that text does without
+
+    for name in names:
+        yield from arrow.row_parts(name, PART_BYTES, cached)
 
 
 def local_source(name: str, options: Options) -> Source:
@@ -156,10 +160,7 @@ def local_source(name: str, options: Options) -> Source:
 
 def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tuple[Part, int]]:
     if kind == PARQUET:
-        from nanogpt.prepare import arrow  # noqa: PLC0415  heavy, and only this needs it
-
-        for path in paths:
-            yield from arrow.row_parts(str(path), PART_BYTES, cached=False)
+        yield from parquet_parts(map(str, paths), cached=False)
     elif kind == JSON_LINES:
         for path in paths:
             yield from file_blocks(path, None) if path.suffix in COMPRESSIONS else json_ranges(path)

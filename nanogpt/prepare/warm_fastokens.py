@@ -9,7 +9,7 @@ tokenizer_json()
 _tokenizer = threading.Thread(target=fastokens_tokenizer)
 _tokenizer.start()  # what it has left to do needs no lock of Python's
 
-from nanogpt.prepare import arrow, build  # noqa: E402  beside the thread
+from nanogpt.prepare import arrow, build  # noqa: E402  imported while the thread builds
 
 __all__ = ["arrow", "build"]
 
