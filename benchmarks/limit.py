@@ -148,36 +148,45 @@ def memory_bandwidth(device: str) -> float:
     return 2 * BANDWIDTH_BYTES / seconds_of(lambda: target.copy_(source), device)
 
 
-MEMORY = "memory"
-Rates = dict[str, float]
-"""FLOP/s by product, and under MEMORY bytes a second."""
+class Rates(NamedTuple):
+    """What the device did at best."""
+
+    products: dict[str, float]
+    """FLOP/s by product."""
+    memory: float
+    """Bytes a second."""
+
+    def or_higher(self, other: "Rates") -> "Rates":
+        """The better of both, one by one."""
+        products = {name: max(rate, other.products[name]) for name, rate in self.products.items()}
+        return Rates(products, max(self.memory, other.memory))
 
 
 def rates_of(work: Work) -> Rates:
     """What this device does now, which other programs can only make less."""
     products = products_of(work.model, work.batch_size * work.model.block_size)
     rates = {product.name: product_rate(product, work) for product in products}
-    return rates | {MEMORY: memory_bandwidth(work.device)}
+    return Rates(rates, memory_bandwidth(work.device))
 
 
 def floor_of(work: Work, rates: Rates) -> dict[str, Any]:
     """Seconds by kind that a step cannot go below, and the rates that say so."""
     model, rows = work.model, work.batch_size * work.model.block_size
-    products, bandwidth = products_of(model, rows), rates[MEMORY]
-    rates = {name: rate for name, rate in rates.items() if name != MEMORY}
+    products = products_of(model, rows)
     # Scores and their product with the values, forward 2 and backward 5 products (scores once more), half of
     # each.
     attention_flops = 7 * model.n_layer * model.n_embd * model.block_size * rows
     seconds = {
-        "matmul": work.accumulation * sum(product.flops / rates[product.name] for product in products),
-        "attention": work.accumulation * attention_flops / max(rates.values()),
-        "optimizer": OPTIMIZER_PASSES * 4 * perf.parameter_count(model) / bandwidth,
+        "matmul": work.accumulation
+        * sum(product.flops / rates.products[product.name] for product in products),
+        "attention": work.accumulation * attention_flops / max(rates.products.values()),
+        "optimizer": OPTIMIZER_PASSES * 4 * perf.parameter_count(model) / rates.memory,
     }
     return {
         "seconds": seconds,
         "total_s": sum(seconds.values()),
-        "product_flops_per_second": rates,
-        "bandwidth_bytes_per_second": bandwidth,
+        "product_flops_per_second": rates.products,
+        "bandwidth_bytes_per_second": rates.memory,
     }
 
 
@@ -234,8 +243,7 @@ def benchmark(config: LimitConfig) -> dict[str, Any]:
     before = rates_of(work)
     say(f"floor: {floor_of(work, before)['total_s']:.3f} s")
     parts = breakdown(work, config.contender, config.steps)
-    after = rates_of(work)
-    floor = floor_of(work, {name: max(before[name], after[name]) for name in before})
+    floor = floor_of(work, before.or_higher(rates_of(work)))
     return {
         "benchmark": "limit",
         "contender": config.contender,

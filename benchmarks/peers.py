@@ -2,7 +2,7 @@
 
 Each contender lives in a process of its own and they take turns, one step each (eight on CUDA), so that
 whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn. MFU is of the peak
-of perf.peak_flops; where that is measured, of the best one measured before and after the turns.
+of perf.peak_flops; where that is measured, of the best one measured before and between the turns.
 """
 
 import contextlib
