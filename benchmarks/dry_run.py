@@ -135,8 +135,7 @@ class Ledger(TorchDispatchMode):
                 kind, _, reference = ledger._known[storage._cdata]
                 ledger._set(storage._cdata, kind, size, reference)
 
-        # Its stub has no assignable method; FSDP2 frees and regains buffers by it, unseen by any dispatch.
-        torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue]
+        torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue]  a method of C, which its stub lets nobody assign
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -137,9 +137,8 @@ class HeadLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
-    # torch declares one argument after ctx, and passes one for each output.
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, cotangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch passes one an output, declares one
         features_grad, embedding_grad = ctx.saved_tensors
         return (
             features_grad * cotangent.to(features_grad.dtype),

@@ -65,8 +65,7 @@ class Ranks:
 
     def decide(self, action: Callable[[], T]) -> T:
         """What `action` returned on rank 0, the only one to run it. Raises as `agree` does."""
-        # The first value is rank 0's, so no None, which the type does not say.
-        return self.agree(action if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]
+        return self.agree(action if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]  rank 0's: never its None
 
     def _exchange(self, mine: _Outcome) -> list[_Outcome]:
         outcomes: list[Any] = [None] * self.size
