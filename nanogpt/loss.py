@@ -12,6 +12,8 @@ DEFAULT_CHUNK_TOKENS = 1024
 GPU_CHUNK_TOKENS = 8192
 """By an H100's data sheet the products of 1,024 rows take 0.3 ms, and adding up the head's gradient 0.1 more.
 Predicted, not measured."""
+PRODUCT_ROWS = 4096
+"""Rows of the head's gradient that are added to at a time. Of 2,048 the products are slower."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 """`chunk_loss_and_grads` or that function compiled."""
@@ -83,9 +85,15 @@ def head_loss_and_grads(
 
 def add_product(total: Float[Tensor, "P C"] | None, a: Tensor, b: Tensor) -> Float[Tensor, "P C"]:
     """total + a @ b in fp32, in the memory of `total`; None is zero."""
+    if a.dtype == torch.float32:
+        return a @ b if total is None else total.addmm_(a, b)
+    write = Tensor.add_
     if total is None:
-        return (a @ b).float()
-    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+        total, write = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device), Tensor.copy_
+    # A sum of two dtypes widens the whole product in memory first: of some rows at a time it stays in cache.
+    for rows, part in zip(total.split(PRODUCT_ROWS), a.split(PRODUCT_ROWS), strict=True):
+        write(rows, part @ b)
+    return total
 
 
 def chunk_loss_and_grads(

@@ -220,7 +220,7 @@ def make_loss(
         features = apply_trunk(
             cast_outside(params, dtype), inputs, config, dropout_key=key, through_block=through_block
         )
-        head = padded_head(params, config).detach().to(dtype)
+        head = head_in(dtype, params, config).detach()
         return HeadLoss.apply(features, params["wte.weight"], targets, scale, head, settings)[0]
 
     return loss
@@ -258,6 +258,11 @@ def cast_outside(params: Params, dtype: torch.dtype) -> Params:
     return {name: leaf if name in EMBEDDINGS else leaf.to(dtype) for name, leaf in outside.items()}
 
 
+def head_in(dtype: torch.dtype, params: Params, config: GPT2Config) -> Float[Tensor, "P C"]:
+    """The padded head in `dtype`; narrowed before it is padded, so that the padding copies the narrow one."""
+    return padded_head({"wte.weight": params["wte.weight"].to(dtype)}, config)
+
+
 def make_eval_step(
     config: GPT2Config,
     *,
@@ -291,7 +296,7 @@ def make_eval_step(
 
         return head_loss(
             apply_trunk(cast_outside(params, dtype), inputs, config, through_block=through_block),
-            padded_head(params, config).to(dtype),
+            head_in(dtype, params, config),
             targets,
             vocab_size=config.vocab_size,
             chunk_tokens=loss_chunk_tokens,

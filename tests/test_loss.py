@@ -103,7 +103,15 @@ def test_scale_multiplies_the_gradients_and_not_the_loss(features: Tensor, head:
     close(scaled[2], head_grad * 1024)
 
 
-def test_gradients_of_a_bf16_head_add_up_in_fp32(features: Tensor, head: Tensor, targets: Tensor):
+@pytest.mark.parametrize("rows_at_a_time", [50, PADDED, 4096])  # 50 does not divide the head's 128
+def test_gradients_of_a_bf16_head_add_up_in_fp32(
+    features: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    rows_at_a_time: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("nanogpt.loss.PRODUCT_ROWS", rows_at_a_time)
     _, features_grad, head_grad = head_loss_and_grads(
         features.bfloat16(), head.bfloat16(), targets, vocab_size=V, chunk_tokens=1
     )
