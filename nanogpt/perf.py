@@ -198,11 +198,12 @@ def memory_plan(
     """Bytes that a training step needs on one device, by kind, and their "total".
 
     Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32. Half precision adds a copy
-    of the parameters to compute with. Each of several `shards` keeps its part of these, and the whole
-    parameters and gradients while it computes. Activations are what backward needs of `batch_size`
-    sequences of `block_size` tokens: SAVED_PER_LAYER x n_embd numbers a token and block, without `compile`
-    SAVED_PER_EAGER_LAYER; one fp32 log-sum-exp a head (no T x T matrix: attention is fused), and the last
-    norm's input and output. Logits are those of one chunk of the loss, BYTES_PER_LOGIT each.
+    of the parameters to compute with (more than a compiled step on one device needs, which copies a block at
+    a time). Each of several `shards` keeps its part of these, and the whole parameters and gradients while it
+    computes. Activations are what backward needs of `batch_size` sequences of `block_size` tokens:
+    SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` SAVED_PER_EAGER_LAYER; one fp32
+    log-sum-exp a head (no T x T matrix: attention is fused), and the last norm's input and output.
+    Logits are those of one chunk of the loss, BYTES_PER_LOGIT each.
     """
     number = 4 if precision == "float32" else 2
     parameters = 4 * parameter_count(config)

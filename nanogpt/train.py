@@ -236,6 +236,8 @@ def taped_grad_and_value(function: Callable[..., Tensor]) -> Callable[..., tuple
 
     def grad_and_value(params: Params, *arguments: Any) -> tuple[Params, Tensor]:
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+        for leaf in leaves.values():  # it stays, so a graph keeps no narrow copy of it for the backward pass
+            torch._dynamo.mark_static_address(leaf, guard=False)
         with torch.enable_grad():
             value = function(leaves, *arguments)
         grads = torch.autograd.grad(value, list(leaves.values()))

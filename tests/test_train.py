@@ -28,8 +28,10 @@ from nanogpt.optim import (
 )
 from nanogpt.sample import generate
 from nanogpt.train import (
+    DTYPES,
     EvalStep,
     Metrics,
+    Precision,
     TrainState,
     TrainStep,
     init_state,
@@ -37,6 +39,7 @@ from nanogpt.train import (
     make_loss,
     make_train_step,
     make_value_and_grad,
+    taped_grad_and_value,
 )
 
 TINY = GPT2Config(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=16)
@@ -305,33 +308,36 @@ def test_a_machine_with_cuda_s_compiler_and_no_gpu_starts_silently():
 
 
 @pytest.mark.parametrize(
-    ("compile", "widths"), [(True, perf.SAVED_PER_LAYER), (False, perf.SAVED_PER_EAGER_LAYER)]
+    ("compile", "precision", "widths"),
+    [
+        (True, "float32", perf.SAVED_PER_LAYER),
+        (True, "bfloat16", perf.SAVED_PER_LAYER),
+        (False, "float32", perf.SAVED_PER_EAGER_LAYER),
+    ],
 )
-def test_a_block_remembers_what_the_memory_plan_says(compile: bool, widths: int):
+def test_a_block_remembers_what_the_memory_plan_says(compile: bool, precision: Precision, widths: int):
     two = dataclasses.replace(TINY, n_layer=2)
-    sizes = [remembered(config, compile=compile) for config in (TINY, two)]
+    sizes = [remembered(config, precision, compile=compile) for config in (TINY, two)]
     B, T, C, H = 4, TINY.block_size, TINY.n_embd, TINY.n_head
     norms = 2 * 2 * B * T  # mean and deviation a token, which the plan leaves out
-    assert sizes[1] - sizes[0] == widths * B * T * C + H * B * T + norms
+    assert sizes[1] - sizes[0] == widths * B * T * C * DTYPES[precision].itemsize + 4 * (H * B * T + norms)
 
 
-def remembered(config: GPT2Config, *, compile: bool) -> int:
-    """Numbers that the loss keeps for its backward pass, each memory counted once, parameters left out."""
+def remembered(config: GPT2Config, precision: Precision, *, compile: bool) -> int:
+    """Bytes that the loss keeps for its backward pass, each memory counted once, parameters left out."""
     params = init_state(config, OPTIMIZER, torch.Generator().manual_seed(0)).params
-    leaves = {name: leaf.requires_grad_() for name, leaf in params.items()}
-    known = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    known = {leaf.untyped_storage().data_ptr() for leaf in params.values()}
     kept: dict[int, Tensor] = {}
 
     def keep(saved: Tensor) -> Tensor:
         kept.setdefault(saved.untyped_storage().data_ptr(), saved)
         return saved
 
-    loss = make_loss(config, precision="float32", attention="auto", loss_chunk_tokens=64, compile=compile)
+    loss = make_loss(config, precision=precision, attention="auto", loss_chunk_tokens=64, compile=compile)
     inputs, targets = (part[0] for part in batch_of(0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        value = loss(leaves, inputs, targets, torch.tensor(0), torch.tensor(1.0))
-    assert value.requires_grad
-    return sum(saved.untyped_storage().nbytes() // 4 for place, saved in kept.items() if place not in known)
+        taped_grad_and_value(loss)(params, inputs, targets, torch.tensor(0), torch.tensor(1.0))
+    return sum(saved.untyped_storage().nbytes() for place, saved in kept.items() if place not in known)
 
 
 # Compiled: one compilation for all tests below, with dropout and two microsteps
