@@ -18,8 +18,8 @@ def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
 
     Without records the axes are empty. Raises UserError where the file is not what `JsonLines` wrote.
     """
-    # Imported here since matplotlib takes a second to load; `Figure` alone has no window system behind it.
-    from matplotlib.figure import Figure  # noqa: PLC0415  half a second of each start, for a picture at its end
+    # `Figure` alone has no window system behind it.
+    from matplotlib.figure import Figure  # noqa: PLC0415  slow to import, and a run draws only at its end
 
     records = read_metrics(metrics_path)
     train, validation = _points(records, "loss"), _points(records, "val_loss")

@@ -82,7 +82,7 @@ def hot() -> None:
     indices = [int(index) for index in wanted.split(",")]
     if max(indices) >= (available := gpu_count("gpu-hot")):
         fail(f"GPUS is {wanted}, and the GPUs here are 0 to {available - 1}; leave out {max(indices)}")
-    import torch  # noqa: PLC0415  a second that gpu-status and kill-gpu do without
+    import torch  # noqa: PLC0415  slow to import, and gpu-status and kill-gpu need none
 
     matrices = [torch.randn(8192, 8192, device=f"cuda:{index}", dtype=torch.float16) for index in indices]
     print(f"Keeping GPU {wanted} busy; Ctrl-C ends it.", flush=True)
