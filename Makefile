@@ -64,6 +64,7 @@ shakespeare: environment ## train a small character model to readable text
 
 test: environment ## run the tests
 	$(PYTHON) -m pytest
+	@if nvidia-smi >/dev/null 2>&1; then set -x; $(PYTHON) -m pytest -m gpu; fi
 
 lint: environment ## check style, format and types
 	@failed=0; for check in "ruff check" "ruff format --check" pyright; do \
@@ -109,6 +110,7 @@ clean: ## remove .venv, .uv and caches; runs/ and data/ stay
 # Two steps, so that the build backend of the editable install is the pinned one. `install`, not `sync`: on a GPU
 # machine torch brings CUDA packages that the lock does not name, and `sync` would remove them.
 $(INSTALLED): requirements.lock pyproject.toml .venv/pyvenv.cfg
+	@echo "installing packages into .venv: minutes where they have to be downloaded"
 	@$(as_pip_is_set); set -x; \
 	$(UV) pip install --quiet --python $(PYTHON) $${TORCH_BACKEND:+--torch-backend="$$TORCH_BACKEND"} \
 		-r requirements.lock && \

@@ -113,7 +113,9 @@ def read_result(path: Path, benchmark: str) -> dict[str, Any]:
 
 
 def choose_device(device: str | None) -> str:
-    """`device`, or the GPU where there is one."""
+    """`device`, or the GPU where there is one. Raises UserError where there is none and one is wanted."""
+    if device not in (None, "cpu") and not torch.cuda.is_available():
+        raise UserError(f"no device {device} on this machine; set --device cpu")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -122,6 +124,6 @@ def one_line_errors():
     """Ends the program with one sentence and status 2 where the user's input was at fault."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from benchmarks.contenders import BETAS, SCHEDULE, SEED, WEIGHT_DECAY
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
-from nanogpt import optim, tree
+from nanogpt import optim, perf, tree
 from nanogpt.checkpoint import Checkpointer
 from nanogpt.graph import as_one_graph
-from nanogpt.loss import chunk_loss_and_grads, head_loss_and_grads
-from nanogpt.model import GPT2Config, Params, apply, init, padded_head
+from nanogpt.loss import chunk_loss_and_grads, chunk_tokens_of, head_loss_and_grads
+from nanogpt.model import GPT2Config, Params, apply, init
 from nanogpt.sample import generate
-from nanogpt.train import init_state
+from nanogpt.train import DTYPES, head_in, init_state
 from nanogpt.update import make_update
 
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
@@ -85,17 +85,20 @@ def optimizer_parts(params: Params, compile: bool) -> dict[str, Callable[[], Any
 def loss_parts(
     config: GPT2Config, params: Params, tokens: int, compile: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Loss and gradients by features and head: ours in chunks, and all logits at once by autograd."""
+    """Loss and gradients by features and head in the dtype that trains: ours in chunks, and all logits at
+    once by autograd."""
     device = params["wte.weight"].device
+    dtype = DTYPES[perf.default_precision(perf.detect(device))]
     generator = torch.Generator(device).manual_seed(SEED)
-    features = torch.randn(1, tokens, config.n_embd, device=device, generator=generator)
+    features = torch.randn(1, tokens, config.n_embd, device=device, generator=generator).to(dtype)
     targets = torch.randint(config.vocab_size, (1, tokens), device=device, generator=generator)
-    head = padded_head(params, config)
-
+    head, chunk_tokens = head_in(dtype, params, config), chunk_tokens_of(device.type)
     chunk = as_one_graph(chunk_loss_and_grads) if compile else chunk_loss_and_grads
 
     def ours(features: Tensor, head: Tensor, targets: Tensor) -> Any:
-        return head_loss_and_grads(features, head, targets, vocab_size=config.vocab_size, chunk=chunk)
+        return head_loss_and_grads(
+            features, head, targets, vocab_size=config.vocab_size, chunk_tokens=chunk_tokens, chunk=chunk
+        )
 
     def usual(features: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(features, head).flatten(0, 1), targets.flatten())

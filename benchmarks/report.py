@@ -7,6 +7,7 @@ failed is named too. `--render NAME.json` writes the pages again from what was m
 
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -73,10 +74,10 @@ COMMANDS = {
         "prepare": "",
         "parts": "--device cuda --tokens 65536",
         "sharding": "",
-        "predict": "",
+        "predict": "--measured {json}",
     },
 }
-"""Arguments of each benchmark by device."""
+"""Arguments of each benchmark by device; {json} is the report so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +122,20 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(config: ReportConfig, old: dict[str, Any]) -> dict[str, Any]:
-    """The report's JSON: results by benchmark, on top of what an older report had."""
-    device = choose_device(config.device)
-    about = facts(device)
+def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The report's JSON: results by benchmark, on top of what an older report had. It is in `path` after each
+    of them, for those that read it and for whoever stops the rest."""
+    device, old = about["device"], read_json(path) if path.exists() else {}
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
     usual = COMMANDS[kind] | (config.arguments or {})
     results = dict(old.get("results", {}))
+    report = {"benchmark": "report", "facts": about, "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name in config.only:
-        results[name] = run_benchmark(name, "--quick" if config.quick else usual[name])
-    return {"benchmark": "report", "facts": about, "results": results}
+        arguments = "--quick" if config.quick else usual[name].replace("{json}", os.path.relpath(path))
+        results[name] = run_benchmark(name, arguments)
+        path.write_text(json.dumps(report))
+    return report
 
 
 def name_of(about: dict[str, Any]) -> str:
@@ -243,9 +248,9 @@ def main() -> None:
         if config.render is not None:
             report, name, folder = read_json(config.render), config.render.stem, config.render.parent
         else:
-            name = config.name or name_of(facts(choose_device(config.device)))
-            before = config.out / f"{name}.json"
-            report, folder = measure(config, read_json(before) if before.exists() else {}), config.out
+            about, folder = facts(choose_device(config.device)), config.out
+            name = config.name or name_of(about)
+            report = measure(config, about, folder / f"{name}.json")
         paths = write(report, folder, name)
     for path in paths:
         print(f"wrote {path}")

@@ -177,6 +177,7 @@ class Contestant:
         gc.collect()
         self.whole = peak_bytes(self.work.device)
         reset_peak(self.work.device)
+        self.make_room()
         return Started(build_s, first_step_s, idle_bytes)
 
     def turn(self, steps: int) -> Turn:
@@ -184,8 +185,13 @@ class Contestant:
             return self.take(steps)
         self.take(1)  # gets back the memory that was handed back after the last turn
         turn = self.take(steps)
-        torch.cuda.empty_cache()  # the others have to fit on the same device
+        self.make_room()
         return turn
+
+    def make_room(self) -> None:
+        """Hands back memory that is not in use: the others have to fit on the same GPU."""
+        if self.work.device != "cpu":
+            torch.cuda.empty_cache()
 
     def memory(self) -> Memory:
         steps = peak_bytes(self.work.device)

@@ -2,8 +2,8 @@
 
     python -m experiments.finetune --init.run-dir runs/gpt2_124m --data.path shakespeare
 
-The model's shape is that of gpt2_124m; for another one give the same --model.* flags as the run that it
-starts from. Expected: the loss starts where the other run ended and does not jump.
+The model's shape is that of the run that it starts from. Expected: the loss starts where the other run ended
+and does not jump.
 """
 
 from pathlib import Path

@@ -56,11 +56,11 @@ class Checkpointer:
     are DTensors, or plain tensors that are equal on all ranks; `metadata` and `val_loss` are those of rank 0.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2):
+    def __init__(self, directory: Path | str, *, keep: int = 2):
         """Create nothing on disk. Raises UserError unless `keep` is at least 1."""
         if keep < 1:
             raise UserError(f"keeping {keep} checkpoints would leave none to resume from; keep at least 1")
-        self._directory = directory.absolute()
+        self._directory = Path(directory).absolute()
         self._keep = keep
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -76,7 +76,7 @@ class Checkpointer:
         self._ranks.agree(lambda: _require_room(self._directory, to_come * _nbytes(state)))
 
     def save(
-        self, step: int, state: Tree, *, metadata: dict[str, Any], val_loss: float | None = None
+        self, step: int, state: Tree, *, metadata: dict[str, Any] | None = None, val_loss: float | None = None
     ) -> None:
         """Start to save; once it returns, `state` is copied to host memory and may be overwritten.
 
@@ -87,18 +87,18 @@ class Checkpointer:
         """
         self.wait()
         self._ranks.agree(lambda: self._require_free(step, _nbytes(state)))
-        metadata = json.loads(json.dumps(metadata))
+        about: dict[str, Any] = json.loads(json.dumps(metadata or {}))
         metrics = {"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None
         leaves = tree.paths(state)
         if not self._ranks.joined:
             arrays = {name: to_array(leaf) for name, leaf in leaves.items()}
-            self._pending = self._worker.submit(self._write, step, arrays, metadata, metrics)
+            self._pending = self._worker.submit(self._write, step, arrays, about, metrics)
             return
         parts = self._parts(leaves)
         parts = {name: part for name, part in parts.items() if part.is_first and not part.is_empty}
         shards = {name: to_array(_import_shards().local(leaves[name])) for name in parts}
         self._pending = self._worker.submit(
-            self._write_shards, step, list(leaves), shards, parts, metadata, metrics
+            self._write_shards, step, list(leaves), shards, parts, about, metrics
         )
 
     def latest(self) -> int | None:
@@ -234,10 +234,18 @@ def load_params(directory: Path, step: int | None = None) -> tuple[dict[str, Ten
 
 
 def _finished_steps(directory: Path) -> list[int]:
-    """Ascending. A save that is running, or was killed, lies in a folder whose name is no number."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    """Ascending; a save that is running, or was killed, lies in a folder whose name is no number.
+
+    Raises UserError where `directory` cannot be read.
+    """
+    try:
+        if not directory.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    except OSError as error:  # a name that is too long, a folder of somebody else
+        raise UserError(
+            f"checkpoints in {directory} cannot be read ({error.strerror}); choose another directory"
+        ) from error
 
 
 def _best_step(directory: Path) -> int | None:

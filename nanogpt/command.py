@@ -3,6 +3,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 from typing import TypeVar
@@ -41,11 +42,15 @@ def parse(kind: type[Config], *, default: Config) -> Config:
 @contextlib.contextmanager
 def mistakes_in_a_sentence() -> Iterator[None]:
     """Ends the program with one sentence on stderr and status 2 for a UserError, with status 130 for a
-    Ctrl-C."""
+    Ctrl-C, and with 1 where nobody reads what it prints."""
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,5 +1,6 @@
 """What a run is made of: frozen dataclasses whose docstrings are the command line's help."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,9 @@ import tyro
 from nanogpt.errors import UserError
 from nanogpt.model import Attention, GPT2Config
 
+MOST_STEPS = 2**31 - 1
+LARGEST_SEED = 2**62  # steps are added to it, in 64 bits
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -17,7 +21,7 @@ class OptimConfig:
     max_learning_rate: float = 6e-4
     """Learning rate at the end of the warmup, above 0."""
     min_learning_rate: float = 6e-5
-    """Learning rate at the last step, from 0 to max-learning-rate."""
+    """Learning rate that the cosine ends at after the last step, from 0 to max-learning-rate."""
     warmup_steps: int = 715
     """Steps of linear warmup, from 1 to below max-steps."""
     weight_decay: float = 0.1
@@ -28,14 +32,16 @@ class OptimConfig:
     """Decay rates of Adam's two moments, each at least 0 and below 1."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_learning_rate <= self.max_learning_rate or self.max_learning_rate == 0:
+        lowest, highest = self.min_learning_rate, self.max_learning_rate
+        if not 0 <= lowest <= highest < math.inf or highest == 0:
             raise UserError(
-                f"learning rates from {self.max_learning_rate} down to {self.min_learning_rate}, expected "
-                f"0 <= min <= max and max above 0; set --optim.max-learning-rate or --optim.min-learning-rate"
+                f"learning rates from {highest} down to {lowest}, expected 0 <= min <= max, max above 0 and "
+                f"finite; set --optim.max-learning-rate or --optim.min-learning-rate"
             )
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise UserError(
-                f"weight decay is {self.weight_decay}, expected at least 0; set --optim.weight-decay"
+                f"weight decay is {self.weight_decay}, expected a number of at least 0; set "
+                f"--optim.weight-decay"
             )
         for name in ("gradient_clip_norm", "warmup_steps"):
             if not getattr(self, name) > 0:
@@ -81,7 +87,7 @@ class TrainConfig:
     """Stop at this step with a checkpoint, schedule unchanged; the same command without it goes on. At least
     1."""
     seed: int = 1337
-    """Decides the initial parameters, the order of the data and dropout masks; at least 0."""
+    """Decides the initial parameters, the order of the data and dropout masks; from 0 to 2^62."""
     device: str | None = None
     """"cuda", "cpu" or "mps"; None takes the GPU where there is one."""
     precision: Literal["bfloat16", "float16", "float32"] | None = None
@@ -93,12 +99,14 @@ class TrainConfig:
     """Which of PyTorch's attention kernels to use; auto is PyTorch's choice."""
 
     def __post_init__(self) -> None:
-        if self.max_steps < 2:
-            raise UserError(f"max steps is {self.max_steps}, expected at least 2; set --train.max-steps")
+        if not 2 <= self.max_steps <= MOST_STEPS:
+            raise UserError(
+                f"max steps is {self.max_steps}, expected from 2 to {MOST_STEPS}; set --train.max-steps"
+            )
         if self.stop_after is not None and self.stop_after < 1:
             raise UserError(f"stop after is {self.stop_after}, expected at least 1; set --train.stop-after")
-        if self.seed < 0:
-            raise UserError(f"the seed is {self.seed}, expected at least 0; set --train.seed")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"the seed is {self.seed}, expected from 0 to {LARGEST_SEED}; set --train.seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +192,7 @@ class SampleConfig:
         check_interval("sample", self.interval)
         if (
             self.tokens < 1
-            or self.temperature < 0
+            or not 0 <= self.temperature < math.inf
             or (self.top_k is not None and self.top_k < 1)
             or not self.prompt
         ):

@@ -209,6 +209,16 @@ def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
     return Batch(both[..., :-1].contiguous(), both[..., 1:].contiguous())
 
 
+def require_ids(batch: Batch, vocab_size: int, folder: Path) -> None:
+    """Raises UserError where a token of a batch is not in the vocabulary: its file is not what it was."""
+    largest = max(int(batch.inputs.max()), int(batch.targets.max()))
+    if largest >= vocab_size:
+        raise UserError(
+            f"{folder} has token id {largest}, expected ids below {vocab_size:,}, as its manifest says; find "
+            f"what is damaged with python -m nanogpt.prepare verify {folder}"
+        )
+
+
 def batch_hash(batch: Batch, step: int, spec: BatchSpec) -> int:
     """A 63-bit hash of this process's part of a step's batch; the parts' sum modulo 2^63 is that of all.
 
@@ -284,7 +294,13 @@ def prefetch(
             moved = Batch(*(part.pin_memory().to(device, non_blocking=True) for part in batch))
         return moved, stream.record_event()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+    def start() -> None:
+        if (
+            stream is not None
+        ):  # or it is GPU 0, where each of several processes would make a context of its own
+            torch.cuda.set_device(stream.device)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=start) as pool:
         pending = pool.submit(load, steps[0])
         for step in steps:
             batch, copied = pending.result()
@@ -301,14 +317,24 @@ def prefetch(
 def read_manifest(folder: Path) -> dict | None:
     """What `nanogpt.prepare` wrote about a folder of tokens; None without a manifest (nanoGPT's)."""
     path = folder / "manifest.json"
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); prepare the folder again or remove the manifest"
         ) from error
+    try:
+        counts = [manifest["tokens"]["train"], manifest["tokens"]["val"], manifest["max_token_id"]]
+        is_whole = all(isinstance(count, int) for count in counts) and isinstance(manifest["tokenizer"], dict)
+    except (LookupError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(
+            f"{path} is not what nanogpt.prepare writes; prepare the folder again or remove the manifest"
+        )
+    return manifest
 
 
 def fingerprint(tokens: Tokens) -> str:

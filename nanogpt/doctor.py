@@ -92,7 +92,7 @@ def main() -> None:
     with command.mistakes_in_a_sentence(), Team(world()) as team:
         config = team.together(lambda: command.parse(DoctorConfig, default=DoctorConfig()))
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        found = findings(gather(team, config.run_dir))
+        found = findings(gather(team, device_type, config.run_dir))
         found += [*compiler_findings(device_type), *wandb_findings(), *data_findings(config.data_path)]
         if team.world.size > 1:
             found += all_reduce_findings(team, device_type)
@@ -107,7 +107,7 @@ def preflight(team: Team, device_type: str, run_dir: Path) -> list[Finding]:
 
     Raises UserError where a rank does not answer.
     """
-    found = findings(gather(team, run_dir))
+    found = findings(gather(team, device_type, run_dir))
     team.small_all_reduce(device_type)
     return [finding for finding in found if finding.level != "ok"]
 
@@ -124,17 +124,18 @@ def table(found: Sequence[Finding]) -> str:
     return "\n".join([*lines, ", ".join(f"{counts[level]} {level}" for level in STATUS)])
 
 
-def gather(team: Team, run_dir: Path) -> list[Facts]:
+def gather(team: Team, device_type: str, run_dir: Path) -> list[Facts]:
     """The facts of every rank, by rank."""
-    own = facts(team, run_dir)
+    own = facts(team, device_type, run_dir)
     texts = team.gather(json.dumps(own))
     every = [Facts(*json.loads(text)) for text in texts]
     return [each._replace(gpus=[Gpu(*gpu) for gpu in each.gpus]) for each in every]
 
 
-def facts(team: Team, run_dir: Path) -> Facts:
-    """What this rank sees: its own GPU, or all where it is alone (each one asked costs memory on it)."""
-    place, count = team.world, torch.cuda.device_count()
+def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
+    """What this rank sees: its own GPU, or all where it is alone (each one asked costs memory on it); none
+    where the CPU trains."""
+    place, count = team.world, torch.cuda.device_count() if device_type == "cuda" else 0
     indices = range(count) if place.size == 1 else [index for index in [place.local_rank] if index < count]
     here = perf.detect(torch.device("cpu"))
     gpus = []

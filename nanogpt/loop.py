@@ -16,7 +16,7 @@ import torch
 from nanogpt import optim, perf, sharding
 from nanogpt.checkpoint import Checkpointer
 from nanogpt.config import RunConfig
-from nanogpt.data import Batch, batch_at, batch_hash, prefetch
+from nanogpt.data import Batch, batch_at, batch_hash, prefetch, require_ids
 from nanogpt.errors import UserError
 from nanogpt.evals import validation_batches, validation_loss, validation_windows
 from nanogpt.plan import Plan
@@ -115,6 +115,7 @@ class Loop:
 
         def read(step: int) -> Batch:
             batch = batch_at(plan.dataset.train, step, plan.spec)
+            require_ids(batch, plan.config.model.vocab_size, plan.dataset.folder)
             self.hashes[step + 1] = batch_hash(batch, step, plan.spec)
             return batch
 
@@ -155,13 +156,11 @@ class Loop:
         check_finite(self.plan.config, step, metrics, self.plan.precision)
 
     def between_steps(self, state: TrainState, *, is_last: bool) -> None:
-        """Evaluation, sample, checkpoint and picture, whichever fall on this step; all of them at the run's
+        """Evaluation, checkpoint, picture and sample, whichever fall on this step; all of them at the run's
         end."""
         is_end = self.step == self.plan.config.train.max_steps
         if is_end or falls_on(self.plan.config.eval.interval, self.step):
             self.evaluate(state)
-        if is_end or falls_on(self.plan.config.sample.interval, self.step):
-            self.write_sample(state)
         if is_last or falls_on(self.plan.config.checkpoint.interval, self.step):
             about = describe(self.plan.config, self.plan.dataset, self.plan.precision)
             fresh = self.val_loss if self.evaluated_at == self.step else None
@@ -169,6 +168,8 @@ class Loop:
             run_dir = self.plan.config.run_dir
             if self.team.world.rank == 0:
                 draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
+        if is_end or falls_on(self.plan.config.sample.interval, self.step):
+            self.write_sample(state)
         self.read_at = time.perf_counter()  # tokens per second are of training alone
 
     def evaluate(self, state: TrainState) -> None:
@@ -237,7 +238,8 @@ def copy_to_host(metrics: Metrics) -> Callable[[], dict[str, float]]:
     """Starts to copy the metrics of a step and returns what waits for them: that step alone, not the ones
     after it."""
     host = {name: value.to("cpu", non_blocking=True) for name, value in metrics.items()}
-    copied = torch.cuda.current_stream().record_event() if metrics["loss"].is_cuda else None
+    loss = metrics["loss"]
+    copied = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
 
     def read() -> dict[str, float]:
         if copied is not None:
@@ -249,17 +251,20 @@ def copy_to_host(metrics: Metrics) -> Callable[[], dict[str, float]]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that receives the number of a SIGINT or SIGTERM; a second one ends the program as it would
-    have."""
+    """A list that receives the number of a SIGINT, SIGTERM or SIGHUP (a terminal that is closed); a second
+    one ends the program as it would have."""
     caught: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         caught.append(number)
         signal.signal(number, before[number])
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+        before[int(signal.SIGHUP)] = signal.getsignal(signal.SIGHUP)
     is_main = threading.current_thread() is threading.main_thread()
     try:
         for number in before if is_main else ():

@@ -13,7 +13,7 @@ GPU_CHUNK_TOKENS = 8192
 """By an H100's data sheet the products of 1,024 rows take 0.3 ms, and adding up the head's gradient 0.1 more.
 Predicted, not measured."""
 PRODUCT_ROWS = 4096
-"""Rows of the head's gradient that are added to at a time: fewer stay in cache, more multiply faster."""
+"""Rows of the head's gradient that a CPU adds to at a time: fewer stay in cache, more multiply faster."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 """`chunk_loss_and_grads` or that function compiled."""
@@ -27,11 +27,14 @@ def chunk_tokens_of(device_type: str) -> int:
 def next_token_loss(
     logits: Float[Tensor, "... V"], targets: Int[Tensor, "..."], *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of `targets` in nats, fp32, over chunks of rows widened in turn."""
+    """Mean negative log-likelihood of `targets` in nats, fp32, over chunks of rows widened in turn.
+
+    Targets of -100 are left out, as `torch.nn.functional.cross_entropy` does.
+    """
     rows, ids = logits.flatten(0, -2), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     total = sum(F.cross_entropy(row.float(), target, reduction="sum") for row, target in chunks)
-    return torch.as_tensor(total) / ids.numel()
+    return torch.as_tensor(total) / (ids != -100).sum()
 
 
 def head_loss(
@@ -50,7 +53,8 @@ def head_loss(
     """
     rows, ids = features.flatten(0, 1), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
-    losses = [(chunk or chunk_loss)(row, head, target, vocab_size) for row, target in chunks]
+    loss_of = chunk_loss if chunk is None else chunk
+    losses = [loss_of(row, head, target, vocab_size) for row, target in chunks]
     return torch.stack(losses).sum()
 
 
@@ -72,9 +76,10 @@ def head_loss_and_grads(
     """
     rows, ids = features.flatten(0, 1), targets.flatten()
     weight = torch.as_tensor(scale / ids.numel(), dtype=torch.float32, device=features.device)
+    loss_and_grads = chunk_loss_and_grads if chunk is None else chunk
     losses, row_grads, head_grad = [], [], None
     for row, target in zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True):
-        loss, row_grad, logits_grad = (chunk or chunk_loss_and_grads)(row, head, target, weight, vocab_size)
+        loss, row_grad, logits_grad = loss_and_grads(row, head, target, weight, vocab_size)
         head_grad = add_product(head_grad, logits_grad.t(), row)
         del logits_grad  # before the next chunk's logits are made
         losses.append(loss)
@@ -87,11 +92,12 @@ def add_product(total: Float[Tensor, "P C"] | None, a: Tensor, b: Tensor) -> Flo
     """total + a @ b in fp32, in the memory of `total`; None is zero."""
     if a.dtype == torch.float32:
         return a @ b if total is None else total.addmm_(a, b)
+    rows_at_a_time = PRODUCT_ROWS if a.device.type == "cpu" else a.shape[0]
     write = Tensor.add_
     if total is None:
         total, write = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device), Tensor.copy_
-    # A sum of two dtypes widens the whole product in memory first: of some rows at a time it stays in cache.
-    for rows, part in zip(total.split(PRODUCT_ROWS), a.split(PRODUCT_ROWS), strict=True):
+    # A CPU's sum of two dtypes widens the product in memory first: of some rows at a time it stays in cache.
+    for rows, part in zip(total.split(rows_at_a_time), a.split(rows_at_a_time), strict=True):
         write(rows, part @ b)
     return total
 

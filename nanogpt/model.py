@@ -8,6 +8,7 @@ and Hugging Face's, fit as they are.
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,6 +34,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 ThroughBlock = Callable[[int, nn.Module, Tensor], Tensor]
 """(layer, block, x [B T C]) to the block's output: who calls the network says how a block is called."""
 
+SKELETONS = threading.RLock()
 INIT_STD = 0.02
 # A head of 50,304 columns multiplies faster than one of 50,257: its rows start on aligned addresses.
 VOCAB_MULTIPLE = 128
@@ -169,8 +171,9 @@ def apply_trunk(
         return block(x, make_attend(config, attention, block_key(key, layer)), block_key(key, layer))
 
     positions = torch.arange(tokens.shape[1], device=tokens.device)
-    arguments = (tokens, positions, through_block or as_it_stands, key)
-    return torch.func.functional_call(config.skeleton, params, arguments)
+    through = as_it_stands if through_block is None else through_block
+    arguments = (tokens, positions, through, key)
+    return call(config.skeleton, params, arguments)
 
 
 def apply_block(
@@ -187,7 +190,15 @@ def apply_block(
     """
     key = dropout_key if config.dropout else None
     arguments = (x, make_attend(config, attention, key), key)
-    return torch.func.functional_call(config.skeleton.get_submodule("h.0"), params, arguments)
+    return call(config.skeleton.get_submodule("h.0"), params, arguments)
+
+
+def call(module: nn.Module, params: Params, arguments: tuple) -> Tensor:
+    """`torch.func.functional_call`, by one thread at a time: meanwhile the module holds `params`."""
+    if torch.compiler.is_compiling():
+        return torch.func.functional_call(module, params, arguments)
+    with SKELETONS:
+        return torch.func.functional_call(module, params, arguments)
 
 
 def block_names(params: Params) -> tuple[list[dict[str, str]], dict[str, str]]:

@@ -23,6 +23,12 @@ OptState = Any
 Schedule = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """Learning rate at a step; step 0 is the first update."""
 
+Numbers = Callable[[OptState, Tree], Tree]
+"""`(opt_state, params) -> numbers`: what `Elementwise` computes before it looks at a leaf."""
+
+UpdateLeaves = Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]]
+"""`(updates, opt_state, params, numbers) -> (updates, opt_state)`."""
+
 
 class Transform(NamedTuple):
     """`init(params) -> opt_state` and `update(updates, opt_state, params) -> (updates, opt_state)`."""
@@ -39,9 +45,9 @@ class Elementwise(Transform):
     as well: a compiler would compute them anew for each element of each leaf.
     """
 
-    numbers: Callable[[OptState, Tree], Tree]
+    numbers: Numbers
     """`(opt_state, params)` to 0-d tensors, or to trees with one for each parameter."""
-    update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]]
+    update_leaves: UpdateLeaves
     """`update` with the numbers as its last argument."""
 
 
@@ -83,10 +89,16 @@ class LossScaleState(NamedTuple):
 
 
 def chain(*transforms: Transform) -> Transform:
-    """The transforms one after the other, each fed with the updates of the one before."""
+    """The transforms one after the other, each fed with the updates of the one before.
+
+    Raises UserError at `init` for a `dynamic_loss_scale` among them: the step would not see it.
+    """
 
     def init(params: Tree) -> OptState:
-        return tuple(transform.init(params) for transform in transforms)
+        states = tuple(transform.init(params) for transform in transforms)
+        if any(isinstance(state, LossScaleState) for state in states):
+            raise UserError("dynamic_loss_scale is inside of a chain; wrap the whole chain in it instead")
+        return states
 
     def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
         states = []
@@ -102,9 +114,9 @@ def chain(*transforms: Transform) -> Transform:
 
 def elementwise(
     init: Callable[[Tree], OptState],
-    update_leaves: Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]],
+    update_leaves: UpdateLeaves,
     *,
-    numbers: Callable[[OptState, Tree], Tree] = lambda opt_state, params: (),
+    numbers: Numbers = lambda opt_state, params: (),
 ) -> Elementwise:
     """The Elementwise of these functions."""
 
@@ -116,27 +128,31 @@ def elementwise(
     return transform
 
 
-def numbers_of(transform: Transform, opt_state: OptState, params: Tree) -> Tree:
-    """The numbers of an elementwise transform, or of a chain of them."""
-    if isinstance(transform, Chain):
-        parts = zip(transform.parts, opt_state, strict=True)
-        return tuple(numbers_of(part, state, params) for part, state in parts)
-    assert isinstance(transform, Elementwise)
-    return transform.numbers(opt_state, params)
+def leafwise(transform: Transform) -> tuple[Numbers, UpdateLeaves]:
+    """`numbers` and `update_leaves` of an elementwise transform, or of a chain of them.
 
+    Functions of functions: not every release of torch.compile sees attributes of a transform.
+    """
+    if not isinstance(transform, Chain):
+        assert isinstance(transform, Elementwise)
+        return transform.numbers, transform.update_leaves
+    parts = [leafwise(part) for part in transform.parts]
 
-def update_leaves(
-    transform: Transform, updates: Tree, opt_state: OptState, params: Tree, numbers: Tree
-) -> tuple[Tree, OptState]:
-    """`transform.update` on some leaves of the tree, with the `numbers_of` an elementwise one, or a chain."""
-    if isinstance(transform, Chain):
+    def numbers(opt_state: OptState, params: Tree) -> Tree:
+        return tuple(
+            its_numbers(state, params) for (its_numbers, _), state in zip(parts, opt_state, strict=True)
+        )
+
+    def update_leaves(
+        updates: Tree, opt_state: OptState, params: Tree, numbers: Tree
+    ) -> tuple[Tree, OptState]:
         states = []
-        for part, state, its_numbers in zip(transform.parts, opt_state, numbers, strict=True):
-            updates, state = update_leaves(part, updates, state, params, its_numbers)
+        for (_, update), state, its_numbers in zip(parts, opt_state, numbers, strict=True):
+            updates, state = update(updates, state, params, its_numbers)
             states.append(state)
         return updates, tuple(states)
-    assert isinstance(transform, Elementwise)
-    return transform.update_leaves(updates, opt_state, params, numbers)
+
+    return numbers, update_leaves
 
 
 def is_elementwise(transform: Transform) -> bool:
@@ -154,6 +170,8 @@ def split(transform: Transform) -> tuple[Scaling | None, Transform] | None:
     """
     if is_elementwise(transform):
         return None, transform
+    if isinstance(transform, Scaling):  # alone, it has no state of a chain
+        return None
     first, *rest = transform.parts if isinstance(transform, Chain) else (transform,)
     return (first, chain(*rest)) if isinstance(first, Scaling) and all(map(is_elementwise, rest)) else None
 
@@ -232,7 +250,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
 
     def rate(opt_state: ScheduleState, params: Tree) -> Tree:
         if callable(learning_rate):
-            return learning_rate(opt_state.count)
+            return torch.as_tensor(learning_rate(opt_state.count), device=opt_state.count.device)
         return torch.full_like(opt_state.count, learning_rate, dtype=torch.float32)
 
     def update(

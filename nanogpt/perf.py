@@ -191,13 +191,15 @@ def memory_plan(
     block_size: int,
     precision: str,
     loss_chunk_tokens: int,
+    accumulation: int = 1,
     optimizer_slots: int = 2,
     shards: int = 1,
     compile: bool = True,
 ) -> dict[str, int]:
     """Bytes that a training step needs on one device, by kind, and their "total".
 
-    Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32. Half precision adds a copy
+    Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32; with `accumulation` of more
+    than 1 a microstep's gradients are made beside the sum of those before. Half precision adds a copy
     of the parameters to compute with (more than a compiled step on one device needs, which copies a block at
     a time). Each of several `shards` keeps its part of these, and the whole parameters and gradients while it
     computes. Activations are what backward needs of `batch_size` sequences of `block_size` tokens:
@@ -212,10 +214,11 @@ def memory_plan(
     per_layer = saved * config.n_embd * number + 4 * config.n_head
     own = math.ceil(parameters / shards)
     copied = parameters * number // 4 if shards > 1 or precision != "float32" else 0
+    summed = parameters if accumulation > 1 and shards == 1 else 0  # FSDP2 adds to what it has
     plan = {
         "parameters": own,
         "optimizer state": optimizer_slots * own,
-        "gradients": parameters + (own if shards > 1 else 0),
+        "gradients": parameters + summed + (own if shards > 1 else 0),
         "compute copy": copied,
         "activations": tokens * (config.n_layer * per_layer + 2 * config.n_embd * number),
         "logits": min(loss_chunk_tokens, tokens) * config.vocab_size * BYTES_PER_LOGIT,
@@ -231,14 +234,15 @@ def fit_batch_size(
     precision: str,
     loss_chunk_tokens: int,
     available_bytes: int,
+    accumulation: int = 1,
     optimizer_slots: int = 2,
     shards: int = 1,
     compile: bool = True,
 ) -> int:
     """The largest divisor of `batch_size` whose plan fills at most USABLE_FRACTION of `available_bytes`.
 
-    For a power of two that is halving. A divisor, so that more accumulation makes up for it exactly. Raises
-    UserError when one sequence does not fit.
+    For a power of two that is halving. A divisor, so that more than the `accumulation` of `batch_size` makes
+    up for it exactly. Raises UserError when one sequence does not fit.
     """
 
     def total(size: int) -> int:
@@ -248,6 +252,7 @@ def fit_batch_size(
             block_size=block_size,
             precision=precision,
             loss_chunk_tokens=loss_chunk_tokens,
+            accumulation=accumulation * batch_size // size,
             optimizer_slots=optimizer_slots,
             shards=shards,
             compile=compile,

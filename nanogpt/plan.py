@@ -51,6 +51,7 @@ def plan_text(plan: Plan) -> str:
         block_size=spec.block_size,
         precision=plan.precision,
         loss_chunk_tokens=plan.loss_chunk_tokens,
+        accumulation=spec.accumulation,
         shards=plan.mesh[1],
         compile=plan.compile,
     )

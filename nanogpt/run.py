@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import gc
 import json
 import os
 import shutil
@@ -25,9 +26,10 @@ from nanogpt.errors import UserError
 from nanogpt.loop import Interrupted, Loop, RunResult, catch_signals
 from nanogpt.loss import chunk_tokens_of
 from nanogpt.meeting import ALONE, World, restart_count, world
+from nanogpt.model import GPT2Config
 from nanogpt.plan import Plan, plan_text
 from nanogpt.processes import Team, code_hashes
-from nanogpt.run_dir import CHECKPOINTS, METRICS, PICTURE, describe, make_run_dir, starting_step, to_json
+from nanogpt.run_dir import CHECKPOINTS, METRICS, PICTURE, describe, own_run_dir, starting_step, to_json
 from nanogpt.tracker import Console, JsonLines, Trackers, WandB
 from nanogpt.train import Precision, TrainState, init_state
 
@@ -42,11 +44,26 @@ def main(default: RunConfig) -> RunResult | None:
     number; a rank that is lost in 1. All of them end every rank that torchrun has started.
     """
     with command.mistakes_in_a_sentence(), Team(world()) as team:
-        config = team.together(lambda: command.parse(RunConfig, default=default))
+        config = team.together(lambda: shaped(command.parse(RunConfig, default=default), default))
         try:
             return run(config, team)
         except Interrupted as stop:
             sys.exit(128 + stop.signal)
+
+
+def shaped(config: RunConfig, default: RunConfig) -> RunConfig:
+    """`config` with the shape of the model that it starts from, where no --model flag asks for one."""
+    model = None if config.init.run_dir is None else saved_model(config.init.run_dir)
+    if model is None or config.model != default.model:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, dropout=config.model.dropout))
+
+
+def saved_model(run_dir: Path) -> GPT2Config | None:
+    """The model whose parameters a run has saved; None where it has saved none."""
+    checkpointer = Checkpointer(run_dir / CHECKPOINTS)
+    latest = checkpointer.latest()
+    return None if latest is None else GPT2Config(**checkpointer.metadata(latest)["config"]["model"])
 
 
 def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
@@ -86,22 +103,23 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
         return RunResult(None, plan.start, None, None, config.run_dir)
     if plan.hardware.device.type == "cpu":
         keep_freed_memory()
+    if plan.hardware.device.type == "cuda":
+        torch.cuda.set_device(plan.hardware.device)  # what names no device means this one
     mesh = sharding.make_mesh(plan.hardware.device.type, plan.mesh) if plan.spec.process_count > 1 else None
     optimizer = make_optimizer(config, plan.precision)
     state = starting_state(plan, optimizer, checkpointer, mesh)
     checkpointer.check(state)
     is_first = team.world.rank == 0
-    if is_first:
-        make_run_dir(config, describe(config, plan.dataset, plan.precision))
-    trackers = make_trackers(plan, console) if is_first else Trackers(console)
-    schedule = make_schedule(config)
-    loop = Loop(plan, optimizer, schedule, checkpointer, trackers, console, team, mesh)
+    about = describe(config, plan.dataset, plan.precision)
     with (
+        own_run_dir(config, about) if is_first else contextlib.nullcontext(),
         full_disk_in_a_sentence(config.run_dir),
-        contextlib.closing(trackers),
+        contextlib.closing(make_trackers(plan, console) if is_first else Trackers(console)) as trackers,
         contextlib.closing(checkpointer),
         catch_signals() as caught,
     ):
+        schedule = make_schedule(config)
+        loop = Loop(plan, optimizer, schedule, checkpointer, trackers, console, team, mesh)
         while True:
             try:
                 return loop.run(state, caught)
@@ -113,6 +131,7 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
             )
             loop.plan = plan._replace(spec=spec)
             del state  # what it holds may be half overwritten
+            gc.collect()  # an eager backward pass that fails leaves a circle through torch.func's wrappers
             torch.cuda.empty_cache()
             state = starting_state(plan, optimizer, checkpointer, mesh)
 
@@ -128,6 +147,11 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
     """What `config` comes to on this machine; says what it changes. Raises UserError for what cannot be
     run, on all ranks if on one."""
     hardware = perf.detect(choose_device(config.train.device, team.world))
+    if hardware.device.type == "cpu" and config.train.attention in ("cudnn", "efficient"):
+        raise UserError(
+            f"a CPU has no {config.train.attention} attention, expected auto, flash or math; set "
+            f"--train.attention"
+        )
     if hardware.device.type == "cpu":  # the processes of a machine share it
         hardware = hardware._replace(available_bytes=hardware.available_bytes // team.world.local_size)
     precision = config.train.precision or perf.default_precision(hardware)
@@ -140,6 +164,8 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
     dataset = team.together(lambda: open_dataset(config))
     team.agree({"the data": dataset.hash, "the precision of this device": precision})
     start = starting_step(config, dataset, checkpointer)
+    if not start and config.init.run_dir is not None:
+        check_start(config, config.init.run_dir)
     compile = config.train.compile and can_compile(hardware.device, console)
     wanted = team.together(lambda: batch_spec(config, team.world))
     spec = team.together(lambda: fit(config, wanted, hardware, precision, shards=shape[1], compile=compile))
@@ -149,6 +175,21 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
         console.message(cut_in_words(wanted, spec, hardware.name))
     peak_flops, source = perf.peak_flops(hardware, precision)
     return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
+
+
+def check_start(config: RunConfig, init_dir: Path) -> None:
+    """Raises UserError unless a run has saved a model of the shape of `config` in `init_dir`."""
+    model = saved_model(init_dir)
+    if model is None:
+        raise UserError(f"{init_dir} holds no checkpoint to start from; choose another --init.run-dir")
+    for name, saved in dataclasses.asdict(model).items():
+        wanted = getattr(config.model, name)
+        if name != "dropout" and saved != wanted:
+            flag = f"--model.{name.replace('_', '-')}"
+            raise UserError(
+                f"{init_dir} holds a model with {flag} {saved}, now {wanted}; repeat its flag or choose "
+                f"another --init.run-dir"
+            )
 
 
 def settings_of(config: RunConfig) -> dict[str, str]:
@@ -191,7 +232,9 @@ def keep_freed_memory() -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        # An older one takes 32 MiB at most, and by the second call alone would hand back even more.
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1):
+            libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
@@ -202,7 +245,7 @@ def choose_device(name: str | None, place: World) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and place.size > 1:
+    if name == "cuda":
         name = f"cuda:{place.local_rank}"
     try:
         device = torch.device(name)
@@ -258,6 +301,7 @@ def fit(
         precision=precision,
         loss_chunk_tokens=chunk_tokens_of(hardware.device.type),
         available_bytes=hardware.available_bytes,
+        accumulation=spec.accumulation,
         shards=shards,
         compile=compile,
     )
@@ -302,11 +346,6 @@ def starting_state(
     if config.init.run_dir is None:
         return state
     params, _ = load_params(config.init.run_dir / CHECKPOINTS)
-    if differences := tree.diff(params, state.params):
-        raise UserError(
-            f"{config.init.run_dir} holds another model: {differences[0]}; set --model.* to its shape or "
-            f"choose another --init.run-dir"
-        )
     own = {name: params[name].to(device) for name in state.params}
     return state._replace(params=own if mesh is None else tree.map(lambda p: sharding.place(p, mesh), own))
 

@@ -1,12 +1,16 @@
 """A run directory: whether it is this run's, where the run stands in it, and the file that says what it
 is."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +93,8 @@ def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -
     for group, values in now.items():
         free = FREE_TO_CHANGE.get(group, set())
         for name, new in values.items() if free is not None else ():
-            old = about["config"].get(group, {}).get(name)
+            before = about["config"].get(group)
+            old = before.get(name) if isinstance(before, dict) else None
             if name not in free and old != new:
                 raise UserError(
                     f"{config.run_dir} holds a run with --{group}.{name.replace('_', '-')} {old}, now {new}; "
@@ -102,18 +107,40 @@ def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -
         )
 
 
-def make_run_dir(config: RunConfig, about: dict[str, Any]) -> None:
-    """Creates the run directory and writes config.json. Raises UserError where that is not possible."""
+@contextlib.contextmanager
+def own_run_dir(config: RunConfig, about: dict[str, Any]) -> Iterator[None]:
+    """The run directory, made if need be and with `about` in config.json; no other process gets it meanwhile.
+
+    Raises UserError where another has it or it cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(config.run_dir, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            lock(descriptor, config.run_dir)
+            part = config.run_dir / f"{CONFIG}.part"
+            part.write_text(json.dumps(about, indent=2) + "\n")
+            part.replace(config.run_dir / CONFIG)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {config.run_dir} ({error.strerror}), expected a directory of yours with "
+                f"room; choose another --run-dir"
+            ) from error
+        yield
+
+
+def lock(descriptor: int, run_dir: Path) -> None:
+    """Locks the open directory until it is closed or its process ends. Raises UserError where another has."""
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        part = config.run_dir / f"{CONFIG}.part"
-        part.write_text(json.dumps(about, indent=2) + "\n")
-        part.replace(config.run_dir / CONFIG)
-    except OSError as error:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise UserError(
-            f"cannot write to {config.run_dir} ({error.strerror}), expected a directory of yours with room; "
-            f"choose another --run-dir"
+            f"another process trains in {run_dir}, expected one at a time; wait for it or choose another "
+            f"--run-dir"
         ) from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def describe(config: RunConfig, dataset: Dataset, precision: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ checkpoint.
 """
 
 import functools
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +18,18 @@ from torch import Tensor, nn
 
 from nanogpt import command
 from nanogpt.checkpoint import load_params
+from nanogpt.config import LARGEST_SEED
 from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
-from nanogpt.model import GPT2Config, Params
+from nanogpt.model import GPT2Config, Params, call
 from nanogpt.tokenizer import Tokenizer, tokenizer_from
+from nanogpt.tracker import printable
 
 Cache = list[tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]]
 """Keys and values of each layer for S = block_size positions; those not reached yet hold zeros."""
+
+LOWEST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken: logits divided by less leave the range of fp32."""
 
 
 def generate(
@@ -45,7 +52,7 @@ def generate(
     settings out of range.
     """
     check_settings(config, prompt, max_new_tokens, temperature, top_k, top_p)
-    step = compiled_decode() if compile else decode
+    step = compiled_decode(config, len(prompt)) if compile else decode
     tokens = prompt[:, -config.block_size :]
     cache = empty_cache(params, config, prompt.shape[0])
     with torch.no_grad():
@@ -83,14 +90,14 @@ def decode(
 
         return block(x, attend)
 
-    features = torch.func.functional_call(config.skeleton, params, (tokens, positions, through_block))
+    features = call(config.skeleton, params, (tokens, positions, through_block))
     # Of one row a product reads the head once, and padding it would copy it.
     return F.linear(features[:, -1], params["wte.weight"])
 
 
 @functools.cache
-def compiled_decode() -> Callable[..., Float[Tensor, "B V"]]:
-    """`decode` as one graph, the same one for every text."""
+def compiled_decode(config: GPT2Config, batch_size: int) -> Callable[..., Float[Tensor, "B V"]]:
+    """`decode` as one graph for texts of this model, so many at a time: of each PyTorch counts the graphs."""
     return as_one_graph(decode, dynamic=False)
 
 
@@ -103,7 +110,7 @@ def draw(
     generator: torch.Generator | None,
 ) -> Int[Tensor, "B 1"]:
     """One token a row from the cut and tempered distribution; randomness comes from `generator` alone."""
-    if temperature == 0:
+    if temperature < LOWEST_TEMPERATURE:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -139,7 +146,7 @@ def check_settings(
             raise UserError(
                 f"the prompt has token id {token}, expected ids from 0 to {config.vocab_size - 1}"
             )
-    if max_new_tokens < 0 or temperature < 0:
+    if max_new_tokens < 0 or not 0 <= temperature < math.inf:
         raise UserError(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}; neither may be below 0"
         )
@@ -181,6 +188,14 @@ class SampleCommand:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least 1; set --{flag}")
+        if not self.prompt:
+            raise UserError("the prompt is empty, expected at least one character; set --prompt")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"the temperature is {self.temperature}, expected a number of at least 0; set --temperature"
+            )
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UserError(f"the seed is {self.seed}, expected from 0 to {LARGEST_SEED}; set --seed")
 
 
 def main(wanted: SampleCommand) -> None:
@@ -199,7 +214,7 @@ def main(wanted: SampleCommand) -> None:
         top_p=wanted.top_p,
         generator=torch.Generator().manual_seed(wanted.seed),
     )
-    print(f"\n{'-' * 80}\n".join(text_of(row, tokenizer) for row in texts))
+    print(printable(f"\n{'-' * 80}\n".join(text_of(row, tokenizer) for row in texts), sys.stdout))
 
 
 if __name__ == "__main__":

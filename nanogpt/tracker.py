@@ -6,6 +6,7 @@ evaluation   val_loss
 sample       sample (text)
 """
 
+import errno
 import functools
 import io
 import json
@@ -66,7 +67,7 @@ class Console:
     above. Elsewhere a training record is printed if it is one of the first 10, the last one, 10 s after the
     last printed one or 1 % of `total_steps` after it: every step of a run of up to 100 steps, and of one with
     slow steps. `total_steps` is the step at which this run ends. Time left is from the mean of this run's
-    steps after the first, with whatever happened between them.
+    steps after the first, with whatever happened between them. A run goes on when nobody reads it any more.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Console:
     def message(self, text: str) -> None:
         """Prints `text` as lines of their own, above the live line."""
         above = CLEAR_LINE if self._live_line else ""
-        self._write(f"{above}{_printable(text, self._stream)}\n{self._live_line}")
+        self._write(f"{above}{printable(text, self._stream)}\n{self._live_line}")
 
     def close(self) -> None:
         """Leaves the live line as it is and ends it."""
@@ -135,8 +136,13 @@ class Console:
         return (now - first_time) / (step - first_step) * (self._total_steps - step)
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # whoever read is gone, or the terminal is
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class JsonLines:
@@ -157,7 +163,9 @@ class JsonLines:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another --run-dir") from error
 
     def log(self, record: Record) -> None:
-        self._file.write(_json_line(record).encode())
+        line = _json_line(record).encode()
+        while line:  # a disk that is nearly full takes a part of it, and says why at the next one
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
@@ -341,7 +349,7 @@ def _progress(record: Record, total_steps: int, seconds_left: float | None) -> s
     return "  ".join(parts if seconds_left is None else [*parts, f"left {format_seconds(seconds_left)}"])
 
 
-def _printable(text: str, stream: Stream) -> str:
+def printable(text: str, stream: Stream) -> str:
     """`text` as the stream can show it: a sample may hold control codes, and a stream may be ASCII."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     encoding = stream.encoding or "utf-8"

@@ -65,7 +65,9 @@ def init_state(
     place = functools.partial(sharding.place, mesh=mesh) if mesh else lambda leaf: leaf
     params = init(config, generator, place=place)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
-    return TrainState(step, params, optimizer.init(params))
+    # Averaged parameters start as the parameters; in one memory a donated step would write both.
+    opt_state = tree.apart(optimizer.init(params), params)
+    return TrainState(step, params, opt_state)
 
 
 def make_train_step(
@@ -104,7 +106,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = fold_in(torch.full_like(state.step, seed), state.step)
-        scale = loss_scale(state.opt_state, precision)
+        scale = loss_scale(state.opt_state, precision, state.step.device)
         loss, grads = value_and_grad(state.params, batch, key, scale)
         norm = sharding.whole(tree.global_norm(grads))
         metrics = {"loss": loss, "grad_norm": norm / scale}
@@ -147,6 +149,7 @@ def make_value_and_grad(
         for a in range(1, A):
             more, value = microstep(a)
             grads, total = tree.map(torch.Tensor.add_, grads, more), total + value
+            del more  # before the next microstep makes its own
         return total / scale, grads
 
     return value_and_grad
@@ -212,7 +215,7 @@ def make_loss(
         scale: Tensor,
         call_block: CallBlock | None = None,
     ) -> Tensor:
-        call = call_block or from_tree(params)
+        call = from_tree(params) if call_block is None else call_block
 
         def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
             return call(layer, block, x, block_key(key, layer) if config.dropout else None)
@@ -291,7 +294,7 @@ def make_eval_step(
     def summed_loss(
         params: Params, inputs: Tensor, targets: Tensor, call_block: CallBlock | None = None
     ) -> Tensor:
-        call = call_block or from_tree(params)
+        call = from_tree(params) if call_block is None else call_block
 
         def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
             return call(layer, block, x)
@@ -327,7 +330,7 @@ def check_precision(precision: str) -> None:
         )
 
 
-def loss_scale(opt_state: OptState, precision: Precision) -> Float[Tensor, ""]:
+def loss_scale(opt_state: OptState, precision: Precision, device: torch.device) -> Float[Tensor, ""]:
     """What the loss is multiplied by before the backward pass: 1 unless the optimizer scales for float16."""
     if isinstance(opt_state, LossScaleState):
         return opt_state.scale
@@ -335,4 +338,4 @@ def loss_scale(opt_state: OptState, precision: Precision) -> Float[Tensor, ""]:
         raise UserError(
             "float16 gradients underflow without loss scaling; wrap the optimizer in dynamic_loss_scale"
         )
-    return torch.ones((), device=tree.leaves(opt_state)[0].device)
+    return torch.ones((), device=device)

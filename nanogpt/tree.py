@@ -3,6 +3,7 @@
 This is the one place that touches torch's private pytree module.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,8 +76,20 @@ def join(tree: Tree, params: dict[str, Any], parts: dict[str, Tree]) -> Tree:
     return map(gather, tree, *parts.values(), is_leaf=is_slot)
 
 
+def apart(tree: Tree, other: Tree) -> Tree:
+    """`tree` with copies of those leaves that are leaves of `other` as well."""
+    others = {id(leaf) for leaf in leaves(other)}
+    return map(lambda leaf: leaf.clone() if id(leaf) in others else leaf, tree)
+
+
+def hands_on(old: Tree, new: Tree) -> bool:
+    """Whether a leaf of `new` is one that `old` has in another place."""
+    pairs = itertools.product(enumerate(leaves(old)), enumerate(leaves(new)))
+    return any(one is other and i != j for (i, one), (j, other) in pairs)
+
+
 def overwrite(old: Tree, new: Tree) -> Tree:
-    """`old` with its memory holding the values of `new`."""
+    """`old` with its memory holding the values of `new`, where none of them is in the memory of another."""
 
     def move(kept: Tensor, value: Tensor) -> Tensor:
         if kept is not value:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import optim, sharding, tree
+from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
 from nanogpt.model import Params
 from nanogpt.optim import OptState, Scaling, Transform, apply_updates
@@ -31,7 +32,11 @@ def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
         new = apply_updates(params, updates), new_opt_state
         # A count becomes a DTensor, or a leaf another layout, by arithmetic with what all ranks share.
         new = tree.map(sharding.laid_out_as, new, (params, opt_state))
-        return tree.overwrite((params, opt_state), new) if donate else new
+        if not donate:
+            return new
+        if not torch.compiler.is_compiling():  # what is handed on from place to place is copied first
+            new = tree.apart(new, (params, opt_state))
+        return tree.overwrite((params, opt_state), new)
 
     return update
 
@@ -41,25 +46,38 @@ def make_update_by_leaf(
 ) -> Update:
     """The body of `make_update` for an optimizer in two parts."""
 
+    numbers_of, update_leaves = optim.leafwise(elementwise)
+    factor_of = torch.ones_like if scaling is None else scaling.factor
+
     def update_leaf(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
         updates = tree.map(lambda g: g * factor, grads)
-        updates, new_opt_state = optim.update_leaves(elementwise, updates, opt_state, params, numbers)
+        updates, new_opt_state = update_leaves(updates, opt_state, params, numbers)
         new = apply_updates(params, updates), new_opt_state
+        if donate and tree.hands_on((params, opt_state), new):  # copies of them Inductor 2.13 leaves out
+            raise UserError(
+                "an elementwise transform hands a leaf on to another place, which a donated step cannot; "
+                "make it a Transform, or the step with donate=False"
+            )
         return tree.overwrite_slots((params, opt_state), new, params) if donate else new
 
     # Not what other leaves were like in this process, only the mark below says what may differ.
     compiled = as_one_graph(update_leaf, dynamic=False) if compile else update_leaf
 
     def in_a_row(leaf: Tensor) -> Tensor:
+        if not leaf.is_contiguous():
+            raise UserError(
+                f"a leaf of shape {list(leaf.shape)} has the strides {list(leaf.stride())}, expected a "
+                f"contiguous one; call .contiguous() on the parameters that a state starts with"
+            )
         row = leaf.view(-1)
         if compile:
             torch._dynamo.maybe_mark_dynamic(row, 0)  # one graph for any number of elements
         return row
 
     def update(grads: Params, norm: Tensor, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
-        factor = torch.ones_like(norm) if scaling is None else scaling.factor(norm)
+        factor = factor_of(norm)
         old = (params, opt_state if scaling is None else opt_state[1:])
-        numbers = optim.numbers_of(elementwise, old[1], params)
+        numbers = numbers_of(old[1], params)
         own_old = sharding.local(old)
         flat = tree.map(in_a_row, own_old)
         flat_grads = tree.map(in_a_row, sharding.local(grads))

@@ -19,6 +19,13 @@ import jaxtyping
 import pytest
 import torch
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are the CPU's, with its golden numbers, where there are GPUs too; `-m gpu` runs those of GPUs."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 _jaxtyped = jaxtyping.jaxtyped
 _codes: dict[CodeType, CodeType] = {}
 

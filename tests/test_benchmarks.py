@@ -1,6 +1,7 @@
 """Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks import compare, data, dry_run, limit, parts, peers, predict, report, sharding, throughput
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
-from benchmarks.measure import read_result, spread, table
+from benchmarks.measure import read_json, read_result, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Worker, WorkerError
 from nanogpt import perf
@@ -209,6 +210,23 @@ def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) ->
         assert "python -m benchmarks.data ended with status 1" in text
         assert "PREDICTED" in text
         assert text.count("load average") == 4
+
+
+def test_a_report_keeps_what_it_has_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_benchmark(name: str, arguments: str) -> dict[str, str]:
+        if name == "peers":
+            raise KeyboardInterrupt
+        return {"benchmark": name, "arguments": arguments}
+
+    monkeypatch.setattr(report, "run_benchmark", run_benchmark)
+    config, path = report.ReportConfig(only=("throughput", "predict", "peers")), tmp_path / "a" / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        report.measure(config, {"device": "cuda", "bf16_fast": True}, path)
+    results = read_json(path)["results"]
+    assert results.keys() == {"throughput", "predict"}
+    assert results["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
 
 
 def test_a_dry_run_counts_the_rows_that_each_rank_holds() -> None:

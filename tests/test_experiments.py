@@ -19,9 +19,10 @@ from tiny_run import EAGER, arguments, contents, write_tokens
 from experiments import finetune, quickstart, shakespeare
 from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt import command, perf, sample
-from nanogpt.config import RunConfig
+from nanogpt.config import InitConfig, RunConfig
 from nanogpt.dataset import open_dataset
-from nanogpt.run import main, make_schedule
+from nanogpt.model import GPT2Config
+from nanogpt.run import main, make_schedule, shaped
 from nanogpt.run_dir import to_json
 from nanogpt.tracker import read_metrics
 
@@ -171,6 +172,22 @@ def test_finetuning_starts_where_the_other_run_ended(
     assert source.val_loss < math.log(32) - 0.3, "the source has learnt nothing that could be lost"
     assert abs(first - source.val_loss) < 0.1
     assert contents(tmp_path / "source") == before
+
+
+def test_the_shape_is_that_of_the_run_to_start_from_unless_a_flag_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens(tmp_path / "data", np.arange(400) % 32)
+    line = arguments(*EAGER, data__path=tmp_path / "data", run_dir=tmp_path / "source", train__max_steps=3)
+    monkeypatch.setattr(sys, "argv", ["gpt2_124m", *line])
+    main(gpt2_124m)
+    default = finetune.config
+    started = dataclasses.replace(default, init=InitConfig(run_dir=tmp_path / "source"))
+    assert shaped(started, default).model == GPT2Config(32, 16, 1, 2, 16)  # the dropout is its own
+    flagged = dataclasses.replace(started, model=GPT2Config(n_layer=3))
+    assert shaped(flagged, default) == flagged
+    nowhere = dataclasses.replace(default, init=InitConfig(run_dir=tmp_path / "nowhere"))
+    assert shaped(nowhere, default) == nowhere
 
 
 def test_the_sample_command_writes_the_same_texts_from_a_checkpoint(

@@ -159,6 +159,12 @@ def test_an_eager_block_remembers_what_a_compiled_one_computes_again():
     assert eager - compiled == 4 * 1024 * 12 * 6 * 768 * 4  # norms 2, after GELU 4
 
 
+def test_more_microsteps_need_room_for_a_sum_of_gradients():
+    shape = {"batch_size": 4, "block_size": 1024, "loss_chunk_tokens": 1024, "precision": "float32"}
+    one, four = (perf.memory_plan(GPT2Config(), **shape, accumulation=A) for A in (1, 4))
+    assert four["total"] - one["total"] == 4 * perf.parameter_count(GPT2Config())
+
+
 def test_a_chunk_of_logits_is_no_longer_than_the_batch():
     plan = perf.memory_plan(TINY, batch_size=1, block_size=5, precision="float32", loss_chunk_tokens=4096)
     assert plan["logits"] == 5 * 11 * 8
@@ -177,7 +183,12 @@ def fit(available_bytes: int, batch_size: int = 64) -> int:
 
 def total(batch_size: int) -> int:
     plan = perf.memory_plan(
-        GPT2Config(), batch_size=batch_size, block_size=1024, precision="bfloat16", loss_chunk_tokens=1024
+        GPT2Config(),
+        batch_size=batch_size,
+        block_size=1024,
+        precision="bfloat16",
+        loss_chunk_tokens=1024,
+        accumulation=64 // batch_size,
     )
     return plan["total"]
 

@@ -1,5 +1,6 @@
 """A run as its user meets it: flags in, files and lines out, and a sentence for each mistake."""
 
+import fcntl
 import json
 import math
 import os
@@ -236,12 +237,12 @@ def test_a_file_that_is_not_what_its_manifest_says(refused: Callable[..., str], 
         ({"model__n_layer": 0}, "model.n_layer is 0, expected at least 1"),
         ({"optim__warmup_steps": 20}, "warmup takes 20 of 20 steps, expected fewer"),
         ({"optim__min_learning_rate": 1.0}, "learning rates from 0.0006 down to 1.0"),
-        ({"optim__weight_decay": -1}, "weight decay is -1.0, expected at least 0"),
+        ({"optim__weight_decay": -1}, "weight decay is -1.0, expected a number of at least 0"),
         ({"optim__gradient_clip_norm": "nan"}, "gradient_clip_norm is nan, expected above 0"),
         ({"data__batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"train__max_steps": 1, "optim__warmup_steps": 1}, "max steps is 1, expected at least 2"),
+        ({"train__max_steps": 1, "optim__warmup_steps": 1}, "max steps is 1, expected from 2 to"),
         ({"train__stop_after": 0}, "stop after is 0, expected at least 1"),
-        ({"train__seed": -1}, "the seed is -1, expected at least 0"),
+        ({"train__seed": -1}, "the seed is -1, expected from 0 to"),
         ({"eval__interval": 0}, "the eval interval is 0 steps, expected at least 1"),
         ({"eval__tokens": 0}, "an evaluation of 0 tokens, expected at least 1"),
         ({"checkpoint__interval": 0}, "the checkpoint interval is 0 steps"),
@@ -328,11 +329,60 @@ def test_parameters_of_fewer_positions_than_asked_for(
 ) -> None:
     go(tmp_path / "source", *EAGER, train__stop_after=1)
     said = refused(init__run_dir=tmp_path / "source", model__block_size=32)
-    assert "holds another model: wpe.weight is float32[16, 16], expected float32[32, 16]" in said
+    assert "holds a model with --model.block-size 16, now 32; repeat its flag" in said
 
 
 def test_parameters_from_a_run_that_has_none(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "holds no checkpoint" in refused(init__run_dir=tmp_path / "nowhere")
+
+
+def test_a_directory_in_which_another_process_trains(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert "another process trains in" in refused()
+    os.close(descriptor)
+
+
+def test_a_token_file_that_was_damaged_after_it_was_checked(go: Go, tmp_path: Path, capsys: Any) -> None:
+    write_tokens(tmp_path / "data", np.arange(4000) % 32)
+    with (tmp_path / "data/train.bin").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff\xff")
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path / "run", *EAGER, data__path=tmp_path / "data", train__max_steps=60)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "has token id 65535, expected ids below 32" in said
+    assert f"nanogpt.prepare verify {tmp_path / 'data'}" in said
+
+
+def test_a_sample_that_fails_costs_no_state(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no text today")
+
+    monkeypatch.setattr("nanogpt.loop.generate", fail)
+    with pytest.raises(RuntimeError, match="no text today"):
+        go(tmp_path, *EAGER, train__max_steps=3, sample__interval=None)
+    assert Checkpointer(tmp_path / "checkpoints").latest() == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sample__temperature": "nan"}, "a sample of 20 tokens at temperature nan"),
+        ({"optim__weight_decay": "nan"}, "weight decay is nan"),
+        ({"optim__max_learning_rate": "inf"}, "learning rates from inf"),
+        ({"train__seed": 2**63}, "the seed is 9223372036854775808"),
+        ({"train__max_steps": 10**20}, "max steps is 100000000000000000000"),
+        ({"train__attention": "cudnn"}, "a CPU has no cudnn attention"),
+        ({"run_dir": Path("/tmp") / ("x" * 300)}, "File name too long"),
+    ],
+)
+def test_values_that_nothing_can_be_computed_with(
+    refused: Callable[..., str], changes: dict[str, Any], sentence: str
+) -> None:
+    assert sentence in refused(**changes)
 
 
 def test_a_full_disk_before_the_start(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,14 +530,18 @@ class RaiseSignal(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_sigterm_in_a_step_saves_that_step_and_the_same_command_goes_on(go: Go, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_a_step_saves_that_step_and_the_same_command_goes_on(
+    go: Go, tmp_path: Path, number: signal.Signals
+) -> None:
     whole = go(tmp_path / "whole", *EAGER, train__max_steps=4)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as stop, RaiseSignal(signal.SIGTERM, at_call=7):  # 4 calls a step
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(SystemExit) as stop, RaiseSignal(number, at_call=7):  # 4 calls a step
         go(tmp_path / "cut", *EAGER, train__max_steps=4)
-    assert stop.value.code == 128 + signal.SIGTERM
+    assert stop.value.code == 128 + number
     assert Checkpointer(tmp_path / "cut/checkpoints").latest() == 2
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in numbers] == handlers
     assert differing_leaves(whole, go(tmp_path / "cut", *EAGER, train__max_steps=4)) == []
 
 

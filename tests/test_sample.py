@@ -1,5 +1,7 @@
 """Sampling with a cache is sampling, past the last position too, and draws what it was told to."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +75,14 @@ def test_the_prompt_comes_first_and_no_new_tokens_is_the_prompt(params: Params):
     prompt = prompt_of(20)
     assert generate(params, TINY, prompt, max_new_tokens=4)[:, :20].equal(prompt)
     assert generate(params, TINY, prompt, max_new_tokens=0).equal(prompt)
+
+
+def test_two_threads_may_share_a_config(params: Params):
+    prompt = torch.zeros(1, 3, dtype=torch.int64)
+    expected = apply(params, prompt, TINY)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: apply(params, prompt, TINY), range(100)))
+    assert all(map(expected.equal, found))
 
 
 def test_the_same_generator_gives_the_same_text(params: Params):

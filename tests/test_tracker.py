@@ -52,6 +52,16 @@ def printed_steps(console_output: str) -> list[int]:
 # The console
 
 
+def test_a_run_goes_on_when_nobody_reads_it_any_more():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as stream:
+        console = Console(2, stream=stream)
+        for step in (1, 2):
+            console.log(training(step))
+        console.message("the end")
+
+
 def test_a_pipe_gets_one_plain_line_a_step_with_the_time_left():
     stream, clock = io.StringIO(), Clock()
     console = Console(40, stream=stream, clock=clock)
@@ -416,3 +426,21 @@ def test_validation_shows_in_the_picture(tmp_path: Path):
 def test_a_moving_mean_is_that_of_the_neighbours_there_are():
     means = moving_mean(np.array([1.0, 2.0, 6.0, 3.0, 8.0]), reach=1)
     np.testing.assert_allclose(means, [1.5, 3.0, 11 / 3, 17 / 3, 5.5])
+
+
+def test_a_line_that_a_nearly_full_disk_cuts_is_written_whole(tmp_path):
+    class Nearly:
+        written = b""
+
+        def write(self, line: bytes) -> int:
+            self.written += line[:7]
+            return len(line[:7])
+
+        def close(self) -> None: ...
+
+    lines = JsonLines(tmp_path / "metrics.jsonl", from_step=0)
+    lines.close()
+    lines._file = disk = Nearly()
+    for step in (1, 2):
+        lines.log(training(step))
+    assert [json.loads(line)["step"] for line in disk.written.splitlines()] == [1, 2]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanogpt import optim, tree
+from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
 from nanogpt.model import GPT2Config, Params, init
 from nanogpt.optim import Transform, adamw, chain, clip_by_global_norm, dynamic_loss_scale
@@ -26,6 +27,7 @@ OPTIMIZERS = {
     "a mask by name": chain(clip_by_global_norm(0.5), adamw(SCHEDULE, decay_mask=only_embeddings)),
     "clip last": chain(optim.scale_by_adam(0.9, 0.99, 1e-8), clip_by_global_norm(0.5)),
     "two clips": chain(clip_by_global_norm(0.5), clip_by_global_norm(0.25), adamw(SCHEDULE)),
+    "clip alone": clip_by_global_norm(0.5),
     "loss scale": dynamic_loss_scale(chain(clip_by_global_norm(0.5), adamw(SCHEDULE))),
 }
 BY_LEAF = {"clip, adamw", "adamw alone", "a mask by name"}
@@ -67,6 +69,51 @@ def test_an_update_is_the_optimizers_on_the_whole_tree(name: str, donate: bool) 
     ]
     assert same_memory == donate
     assert all(map(torch.equal, tree.leaves(given), tree.leaves(before))) != donate
+
+
+def delayed(params: Params) -> Transform:
+    """Descends the last three gradients: hands the one before on to another place of its state."""
+
+    def update(updates: Params, state: Any, params: Params) -> Any:
+        before, earlier = state
+        sums = tree.map(lambda g, b, e: -0.1 * (g + b + e), updates, before, earlier)
+        return sums, (updates, before)
+
+    zeros = tree.map(torch.zeros_like, params)
+    return Transform(lambda params: (zeros, tree.map(torch.zeros_like, zeros)), update)
+
+
+def test_what_is_handed_on_in_the_state_is_read_before_it_is_overwritten() -> None:
+    results = []
+    for donate in (False, True):
+        optimizer = delayed(params_of())
+        update = make_update(optimizer, donate=donate, compile=False)
+        params, opt_state = params_of(), optimizer.init(params_of())
+        for step in range(4):
+            params, opt_state = update(grads_of(step), torch.ones(()), opt_state, params)
+        results.append((params, opt_state))
+    assert all(map(torch.equal, *map(tree.leaves, results)))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_elementwise_transform_that_hands_on_is_refused_with_donation(compile: bool) -> None:
+    optimizer = optim.elementwise(lambda params: (params, params), lambda g, state, p, _: (g, (g, state[0])))
+    update = make_update(optimizer, donate=True, compile=compile)
+    params = params_of()
+    with pytest.raises(Exception, match="hands a leaf on to another place"):
+        update(grads_of(0), torch.ones(()), optimizer.init(params_of()), params)
+
+
+def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
+    update = make_update(adamw(0.1), donate=True, compile=False)
+    params = {"w": torch.ones(3, 2).t()}
+    with pytest.raises(UserError, match=r"shape \[2, 3\] has the strides \[1, 2\], expected a contiguous"):
+        update(params, torch.ones(()), adamw(0.1).init(params), params)
+
+
+def test_a_loss_scale_inside_of_a_chain_is_refused() -> None:
+    with pytest.raises(UserError, match="wrap the whole chain in it"):
+        chain(clip_by_global_norm(1.0), dynamic_loss_scale(adamw(0.1))).init(params_of())
 
 
 def test_which_optimizers_go_leaf_by_leaf() -> None:
