@@ -1,7 +1,9 @@
 """`python -m benchmarks.compare A.json B.json`: what got faster or slower beyond noise, from A to B.
 
 A and B are results of the same benchmark, or two reports. A difference counts where the quartiles of the two
-do not overlap and the medians differ by more than 2 %.
+do not overlap and the medians differ by more than 2 %; with fewer than five measurements on a side, which by
+chance lie apart as often as not, where the ranges do not overlap and the medians differ by more than 10 %. A
+peak of memory is one measurement.
 """
 
 import sys
@@ -12,10 +14,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.measure import finish, one_line_errors, read_json, table
+from benchmarks.measure import finish, one_line_errors, read_json, spread, table
 from nanogpt.errors import UserError
 
 SMALLEST_CHANGE = 0.02
+FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
 HIGHER_IS_BETTER = ("tokens_per_second", "speedup")
 MEMORY_KEYS = ("steps", "peak_growth_bytes")
 
@@ -38,7 +41,7 @@ def spreads(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, float]]
             return
         for key, part in value.items():
             if key in MEMORY_KEYS and isinstance(part, int):
-                yield f"{path}/{key}", {"median": part, "low": part, "high": part}
+                yield f"{path}/{key}", spread([part])._asdict()
             yield from spreads(part, f"{path}/{label_of(part, key)}")
     elif isinstance(value, list):
         for number, part in enumerate(value):
@@ -47,6 +50,8 @@ def spreads(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, float]]
 
 def label_of(part: Any, key: str) -> str:
     """What a part is called: rows by their work, so that a row is found again wherever it stands."""
+    if isinstance(part, dict) and "engine" in part:
+        return f"{part['engine']} {part['workers']} workers"
     work = part.get("work") if isinstance(part, dict) else None
     if not isinstance(work, dict) or "batch_size" not in work:
         return key
@@ -54,14 +59,19 @@ def label_of(part: Any, key: str) -> str:
     return (
         f"{model['n_layer']}x{model['n_embd']} {work['batch_size']}x{model['block_size']} "
         f"{work['precision']} {work['attention']} {compiled}"
+        + (f" x {work['accumulation']}" if work.get("accumulation", 1) > 1 else "")
+        + (f" on {part['ranks']} ranks" if part.get("ranks", 1) > 1 else "")
     )
 
 
 def verdict(path: str, before: dict[str, float], after: dict[str, float]) -> str:
     """ "better", "worse" or "same"."""
-    if not before["median"] or abs(after["median"] / before["median"] - 1) <= SMALLEST_CHANGE:
+    are_few = min(before["count"], after["count"]) < FEW
+    smallest = SMALLEST_CHANGE_OF_FEW if are_few else SMALLEST_CHANGE
+    if not before["median"] or abs(after["median"] / before["median"] - 1) <= smallest:
         return "same"
-    if before["low"] <= after["high"] and after["low"] <= before["high"]:
+    low, high = ("min", "max") if are_few else ("low", "high")
+    if before[low] <= after[high] and after[low] <= before[high]:
         return "same"
     grew = after["median"] > before["median"]
     return "better" if grew == any(word in path for word in HIGHER_IS_BETTER) else "worse"
@@ -73,6 +83,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
         kinds = f"a result of {before.get('benchmark')} and one of {after.get('benchmark')}"
         raise UserError(f"{kinds}, expected two of the same benchmark")
     old, new = dict(spreads(before)), dict(spreads(after))
+    if old and not old.keys() & new.keys():
+        raise UserError("the two have no number in common: they measured different work; compare equal runs")
+    for path in sorted(old.keys() ^ new.keys()):
+        print(f"only in one of them: {path.lstrip('/')}", file=sys.stderr)
     return [
         {
             "number": path.lstrip("/"),
@@ -91,7 +105,9 @@ def main() -> None:
         before, after = read_json(config.before), read_json(config.after)
         entries = compare(before, after)
         if hardware_of(before) != hardware_of(after):
-            print(f"not the same hardware: {hardware_of(before)} and {hardware_of(after)}", file=sys.stderr)
+            print(f"not the same machine: {hardware_of(before)} and {hardware_of(after)}", file=sys.stderr)
+        if "work" in before and before["work"] != after["work"]:
+            print("not the same work; see the two files", file=sys.stderr)
     rows = [
         [
             entry["number"],
@@ -112,7 +128,8 @@ def main() -> None:
 def hardware_of(result: dict[str, Any]) -> str:
     """Where a result was measured."""
     facts = result.get("facts", {})
-    return f"{facts.get('hardware')}, {facts.get('cores')} cores"
+    named = {key: facts.get(key) for key in ("hardware", "cores", "threads", "bf16_fast", "torch")}
+    return ", ".join(f"{key} {value}" for key, value in named.items())
 
 
 if __name__ == "__main__":

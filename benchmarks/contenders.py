@@ -43,6 +43,8 @@ class Work:
     attention: Attention = "auto"
     compile: bool = True
     device: str = "cpu"
+    all_keep_memory: bool = False
+    """Whether every contender keeps freed memory on a CPU, as ours does."""
 
     @property
     def tokens(self) -> int:

@@ -6,6 +6,7 @@ of perf.peak_flops; where that is measured, of the best one measured before and 
 """
 
 import contextlib
+import importlib.metadata
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,9 @@ class PeersConfig:
     """Steps in a turn, at least 1; None takes 1 on a CPU and 8 on CUDA."""
     device: str | None = None
     """cpu or cuda; None takes the GPU where there is one."""
+    all_keep_memory: bool = False
+    """Let everybody keep freed memory on a CPU (mallopt), as a run of ours does; the others, as their users
+    write them, do not."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
 
@@ -77,6 +81,7 @@ def work_of(config: PeersConfig) -> Work:
         precision=precision,
         compile=config.compile,
         device=device,
+        all_keep_memory=config.all_keep_memory,
     )
 
 
@@ -107,6 +112,7 @@ def compare(config: PeersConfig) -> dict[str, Any]:
         "benchmark": "peers",
         "facts": facts(work.device),
         "work": asdict(work),
+        "versions": {name: version_of(name) for name in ("transformers", "litgpt")},
         "steps_in_a_turn": steps,
         "peak_flops": peak,
         "peak_source": source,
@@ -117,6 +123,14 @@ def compare(config: PeersConfig) -> dict[str, Any]:
             for name in names
         },
     }
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_equal_work(losses: dict[str, float], work: Work) -> None:
@@ -172,8 +186,14 @@ def table_of(result: dict[str, Any]) -> str:
         )
     header = ["contender", "tokens/s", "MFU", "step s: median (min - max)"]
     header += ["ours is x times as fast (quartiles)", "peak, steps", "peak, whole", "first step s", "loss"]
-    note = f"MFU is of {result['peak_flops'] / 1e12:.4g} TFLOP/s, {result['peak_source']}"
-    return "\n".join([table(header, rows), note])
+    notes = [f"MFU is of {result['peak_flops'] / 1e12:.4g} TFLOP/s, {result['peak_source']}"]
+    if result["work"]["device"] == "cpu":
+        all_keep = result["work"].get("all_keep_memory")
+        keeping = "everybody keeps" if all_keep else "ours keeps"
+        notes.append(f"{keeping} freed memory for the next step (mallopt)")
+    if "litgpt" in result["contenders"]:
+        notes.append("litgpt has rotary positions, no learned ones, and starts from other weights")
+    return "\n".join([table(header, rows), *notes])
 
 
 def main() -> None:

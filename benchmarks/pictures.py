@@ -2,6 +2,7 @@
 scaling."""
 
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +34,14 @@ def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for name, draw, caption in drawings:
         result = results.get(name)
-        if result is not None and "error" not in result:
+        if result is not None and "error" not in result and has_rows(result):
             found.setdefault(name, []).append((caption, svg_of(draw, result)))
     return found
+
+
+def has_rows(result: Result) -> bool:
+    """Whether one of its rows was measured, where it has rows."""
+    return "rows" not in result or any("error" not in row for row in result["rows"])
 
 
 def svg_of(draw: Callable[[Axes, Result], None], result: Result) -> str:
@@ -67,8 +73,8 @@ def draw_speed(axes: Axes, result: Result) -> None:
         tokens = [size * row["work"]["model"]["block_size"] for size, row in points]
         slowest = [count / row["step_s"]["max"] for (_, row), count in zip(points, tokens, strict=True)]
         fastest = [count / row["step_s"]["min"] for (_, row), count in zip(points, tokens, strict=True)]
-        axes.plot(sizes, rates, marker="o", label=label)
-        axes.vlines(sizes, slowest, fastest, linewidth=1, alpha=0.6)
+        (line,) = axes.plot(sizes, rates, marker="o", label=label)
+        axes.vlines(sizes, slowest, fastest, linewidth=1, alpha=0.6, color=line.get_color())
     measured = sorted({size for points in lines.values() for size, _ in points})
     axes.set(xlabel="sequences in a microstep", xticks=measured, ylabel="tokens/s", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
@@ -93,6 +99,7 @@ def draw_memory(axes: Axes, result: Result) -> None:
             )
         )
         how = "" if work["compile"] else " eager"
+        how += "" if work["attention"] == "auto" else f" {work['attention']}"
         labels.append(f"{work['batch_size']} x {work['model']['block_size']}{how}")
     for kind in [kind for kind in plans[0] if kind != "total" and any(plan[kind] for plan in plans)]:
         sizes = [plan[kind] / 1e9 for plan in plans]
@@ -152,17 +159,18 @@ def draw_roofline(axes: Axes, result: Result) -> None:
 def draw_ranks(axes: Axes, result: Result) -> None:
     """The dry run's kinds at the peak, stacked, and what real processes measured."""
     rows = result["memory"]
-    bottoms = [0.0] * len(rows)
+    bottoms, colors = [0.0] * len(rows), itertools.cycle(matplotlib.colormaps["tab20"].colors)
     for kind in rows[0]["peak_of_kind"]:
         sizes = [row["at_peak"].get(kind, 0) / 1e6 for row in rows]
         if max(sizes) > 0.001 * max(row["predicted_bytes"] for row in rows) / 1e6:
-            axes.bar(range(len(rows)), sizes, bottom=bottoms, label=kind, width=0.5, hatch="///", alpha=0.7)
+            color = next(colors)  # more kinds than the usual cycle has
+            axes.bar(range(len(rows)), sizes, 0.5, bottoms, label=kind, color=color, hatch="///", alpha=0.7)
             bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
     for place, row in enumerate(rows):
         measured = row.get("measured_bytes", [])
         label = "measured peak" if place == 0 and measured else None
         axes.plot(
-            [place] * len(measured), [size / 1e6 for size in measured], "k_", markersize=30, label=label
+            [place] * len(measured), [size / 1e6 for size in measured], "k_", markersize=20, label=label
         )
     names = ["resharded after forward" if row["reshard_after_forward"] else "kept" for row in rows]
     axes.set_xticks(range(len(rows)), names)
@@ -184,7 +192,11 @@ def draw_scaling(axes: Axes, result: Result) -> None:
             hatch="///" if is_predicted else None,
             linestyle="--" if is_predicted else "-",
         )
+        axes.text(
+            row["tokens_per_second"], place, f" {row['tokens_per_second']:,.0f}", va="center", fontsize=7
+        )
     labels = [f"{row['machine']}: {row['who']} ({row['kind']})" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="tokens/s", xscale="log")
+    axes.margins(x=0.12)
+    axes.set(xlabel="tokens/s", xlim=(0, None))

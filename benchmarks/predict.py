@@ -252,7 +252,8 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
 def measured_rows(path: Path, predicted: dict[str, float], model: GPT2Config) -> list[dict[str, Any]]:
     """The fastest row that was measured on one of the GPUs above, with the model's error on it."""
     result = read_result(path, "throughput")
-    name = next((f"1x {gpu}" for gpu in GPUS if gpu in result["facts"]["hardware"]), None)
+    sheet = perf.sheet_key(result["facts"]["hardware"])
+    name = next((f"1x {name}" for name, gpu in GPUS.items() if gpu.sheet == sheet), None)
     rates = [row["tokens_per_second"] for row in result["rows"] if "error" not in row]
     if name is None or not rates:
         return []

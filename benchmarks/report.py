@@ -109,13 +109,14 @@ class ReportConfig:
 def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
     """The JSON of a benchmark that is run as a user would; an "error" where it failed."""
     say(f"python -m benchmarks.{name} {arguments}")
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=COMMAND_LIMIT_S,
-    )
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, timeout=COMMAND_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        error = f"python -m benchmarks.{name} {arguments} took more than {COMMAND_LIMIT_S} s"
+        return {"benchmark": name, "error": error}
     if done.returncode:
         error = f"python -m benchmarks.{name} {arguments} ended with status {done.returncode}"
         return {"benchmark": name, "error": error}
@@ -156,11 +157,16 @@ def sections_of(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             continue
         about = result["facts"]
         measured = (
-            f"`{about['command']}` · {about['date'][:10]} · commit {str(about['commit'])[:12]} · "
+            f"`{about['command']}` · {about['date'][:10]} · commit {short(about['commit'])} · "
             f"load average {about['load_average']:.1f} on {about['cores']} cores"
         )
         sections.append((name, measured, TABLES[name](result)))
     return sections
+
+
+def short(commit: str | None) -> str:
+    """A commit in 12 digits, with the "+" of a tree that had changes."""
+    return f"{commit[:12]}{'+' if commit.endswith('+') else ''}" if commit else "unknown"
 
 
 def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -181,8 +187,8 @@ def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 HONESTY = (
     "Rows marked PUBLISHED or CLAIMED are other people's figures and PREDICTED ones come from a model whose "
     "error stands beside them; everything else was measured here by the command above it. Times are medians "
-    "with their range: other programs' load, named with each command, makes absolute figures worse and "
-    "leaves ratios of turns about right."
+    "with their range: other programs' load makes absolute figures worse and leaves ratios of turns about "
+    "right. The load named with each command is that at its end, its own threads included."
 )
 
 
@@ -198,13 +204,15 @@ def markdown_of(report: dict[str, Any]) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-pre { overflow-x: auto; background: var(--soft); padding: .8rem 1rem; border-radius: 6px; font-size: 13px; }
+pre { overflow-x: auto; background: var(--soft); padding: .8rem 1rem; border-radius: 6px; font-size: 12px; }
 code { background: var(--soft); padding: .1em .3em; border-radius: 4px; overflow-wrap: anywhere; }
+td { overflow-wrap: anywhere; }
 th { text-align: left; padding-right: 1.5rem; font-weight: 600; vertical-align: top; }
 figure { margin: 1.5rem 0; background: #fff; border: 1px solid var(--line); padding: .5rem; }
-figure svg { width: 100%; height: auto; display: block; } figcaption { color: #333; padding: 0 .5rem .3rem; }
+figure { overflow-x: auto; } figcaption { color: #333; padding: 0 .5rem .3rem; }
+figure svg { width: 100%; min-width: 36rem; max-width: 60rem; height: auto; display: block; margin: auto; }
 .measured { color: GrayText; font-size: 14px; }
 """
 

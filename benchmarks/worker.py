@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from benchmarks.contenders import CONTENDERS, Work, batches_of
+from nanogpt.run import keep_freed_memory
 
 WARMUP_STEPS = 2  # after the first: allocators settle
 REPLY_LIMIT_S = 3600.0  # a step that takes longer is taken for hung
@@ -168,6 +169,8 @@ class Contestant:
     def start(self) -> Started:
         idle_bytes = resident_bytes()
         begin = time.perf_counter()
+        if self.work.all_keep_memory and self.work.device == "cpu":
+            keep_freed_memory()
         self.batches = batches_of(self.work)
         self.step = CONTENDERS[self.contender](self.work)
         self.synchronize()

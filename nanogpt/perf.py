@@ -157,7 +157,7 @@ SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 def peak_flops(hardware: Hardware, precision: str) -> tuple[float, str]:
     """The device's dense peak in FLOP/s and where it comes from: a data sheet, or a short measurement."""
-    sheet = DATA_SHEETS.get(_sheet_key(hardware.name))
+    sheet = DATA_SHEETS.get(sheet_key(hardware.name))
     short = SHORT_NAMES[precision]
     if sheet is None or (precision == "bfloat16" and not hardware.bf16_fast):
         rate = measured_matmul_flops(hardware.device, getattr(torch, precision))
@@ -285,7 +285,7 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _sheet_key(name: str) -> str:
+def sheet_key(name: str) -> str:
     """The driver's name for a GPU without vendor and memory size: "NVIDIA A100-SXM4-80GB" is "A100 SXM4"."""
     words = re.findall(r"\w+", name.upper())
     vendor = {"NVIDIA", "TESLA", "GEFORCE", "AMD", "INSTINCT"}

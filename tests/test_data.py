@@ -18,6 +18,7 @@ from nanogpt.data import (
     MappedTokens,
     PreadTokens,
     batch_at,
+    batch_hash,
     check_tokens,
     fingerprint,
     mix64,
@@ -119,6 +120,33 @@ def test_processes_together_cover_every_epoch_of_any_size_across_its_borders(pro
         seen += (together[..., 0] // T).flatten().tolist()
     for epoch in range(2):
         assert sorted(seen[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_hash_of_a_batch_is_of_its_tokens_and_their_places(processes: int):
+    tokens = np.arange(1000, dtype=np.uint16)
+
+    def whole_hash(tokens: np.ndarray, step: int) -> int:
+        specs = [
+            BatchSpec(
+                block_size=4,
+                batch_size=2,
+                total_batch_size=64,
+                seed=0,
+                process_index=index,
+                process_count=processes,
+            )
+            for index in range(processes)
+        ]
+        return sum(batch_hash(batch_at(tokens, step, spec), step, spec) for spec in specs) % 2**63
+
+    alone = BatchSpec(block_size=4, batch_size=2, total_batch_size=64, seed=0)
+    assert whole_hash(tokens, 3) == batch_hash(batch_at(tokens, 3, alone), 3, alone)
+    assert whole_hash(tokens, 3) != whole_hash(tokens, 4)
+    assert whole_hash(tokens, 3) != whole_hash(tokens[::-1], 3)
+    batch = batch_at(tokens, 3, alone)
+    swapped = Batch(*(part.flip(0) for part in batch))
+    assert batch_hash(swapped, 3, alone) != batch_hash(batch, 3, alone)
 
 
 def test_tokens_that_hold_no_window_are_refused():

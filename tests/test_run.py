@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.gpt2_124m import config as gpt2_124m
-from nanogpt import perf, tree
+from nanogpt import loop, perf, tree
 from nanogpt.checkpoint import Checkpointer
 from nanogpt.config import DataConfig, RunConfig
 from nanogpt.data import BatchSpec
 from nanogpt.errors import UserError
 from nanogpt.loop import RunResult, check_finite
 from nanogpt.model import GPT2Config
+from nanogpt.optim import warmup_cosine
 from nanogpt.run import cut_in_words, fit, main, make_optimizer, smaller_microsteps
 from nanogpt.tracker import read_metrics
 from nanogpt.train import init_state
@@ -154,6 +156,39 @@ def test_a_run_leaves_config_metrics_picture_checkpoints_and_samples(go: Go, tmp
     assert checkpointer.latest() == 20
     assert checkpointer.metadata(20)["tokenizer"]["name"] == "char"
     assert result.loss < math.log(32)
+
+
+def test_a_record_adds_up(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an evaluation that takes a second takes none of the steps' time."""
+    monkeypatch.setattr(perf, "peak_flops", lambda hardware, precision: (1e12, "a test"))
+    validation_loss = loop.validation_loss
+
+    def slow(*arguments: Any, **options: Any) -> float:
+        time.sleep(1)
+        return validation_loss(*arguments, **options)
+
+    monkeypatch.setattr(loop, "validation_loss", slow)
+    go(tmp_path, *EAGER, train__max_steps=4, eval__interval=1, optim__warmup_steps=2)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    rate = warmup_cosine(6e-4, final=6e-5, warmup_steps=2, total_steps=4)
+    flops = perf.flops_per_token(GPT2Config(32, 16, 1, 2, 16), 16)
+    for record in steps:
+        assert record["learning_rate"] == pytest.approx(float(rate(torch.tensor(record["step"] - 1))))
+        assert record["tokens_per_second"] == pytest.approx(128 / record["seconds"])
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / 1e12)
+    assert all(record["seconds"] < 1 for record in steps[1:])
+    assert len({record["batch_hash"] for record in steps}) == 4
+
+
+def test_samples_of_two_steps_are_two_draws_and_the_best_checkpoint_stays(go: Go, tmp_path: Path) -> None:
+    wanted = {"sample__temperature": 5, "optim__max_learning_rate": 1e-9, "optim__min_learning_rate": 0}
+    go(tmp_path, *EAGER, train__max_steps=6, sample__interval=1, **wanted)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert len({record["sample"] for record in records if "sample" in record}) == 6
+    val_losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    best = Checkpointer(tmp_path / "checkpoints").best()
+    assert best == min(val_losses, key=lambda step: (val_losses[step], -step))
 
 
 def test_the_plan_comes_first_and_alone_writes_nothing(go: Go, tmp_path: Path, capsys: Any) -> None:
