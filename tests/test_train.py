@@ -169,7 +169,7 @@ def test_microsteps_hold_the_sum_and_one_gradient_more():
     for A in (2, 4):
         tokens = torch.zeros(A, 1, 8, dtype=torch.int64)
         arguments = (state.params, Batch(tokens, tokens), torch.zeros((), dtype=torch.int64), torch.ones(()))
-        with torch.profiler.profile(profile_memory=True) as profiler:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
             value_and_grad(*arguments)
         events = profiler.profiler.kineto_results.events()  # in its own list frees are missing
         changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
