@@ -295,9 +295,7 @@ def prefetch(
         return moved, stream.record_event()
 
     def start() -> None:
-        if (
-            stream is not None
-        ):  # or it is GPU 0, where each of several processes would make a context of its own
+        if stream is not None:  # else each of several processes would make a context on GPU 0
             torch.cuda.set_device(stream.device)
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=start) as pool:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from nanogpt.tracker import Record, read_metrics
 
@@ -18,11 +19,9 @@ def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
 
     Without records the axes are empty. Raises UserError where the file is not what `JsonLines` wrote.
     """
-    # `Figure` alone has no window system behind it.
-    from matplotlib.figure import Figure  # noqa: PLC0415  slow to import, and a run draws only at its end
-
     records = read_metrics(metrics_path)
     train, validation = _points(records, "loss"), _points(records, "val_loss")
+    # `Figure` alone has no window system behind it.
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:

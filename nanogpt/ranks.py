@@ -65,7 +65,8 @@ class Ranks:
 
     def decide(self, action: Callable[[], T]) -> T:
         """What `action` returned on rank 0, the only one to run it. Raises as `agree` does."""
-        return self.agree(action if self.rank == 0 else lambda: None)[0]  # pyright: ignore[reportReturnType]  rank 0's: never its None
+        of_this_rank: Callable[[], Any] = action if self.rank == 0 else lambda: None
+        return self.agree(of_this_rank)[0]
 
     def _exchange(self, mine: _Outcome) -> list[_Outcome]:
         outcomes: list[Any] = [None] * self.size

@@ -74,27 +74,15 @@ def send(pids: list[int], number: signal.Signals) -> None:
             continue
 
 
-def hot() -> None:
-    """Multiply matrices on the GPUs that GPUS names until Ctrl-C."""
+def hot() -> NoReturn:
+    """Become experiments.launch.hot on the GPUs that GPUS names."""
     wanted = os.environ["GPUS"]
     if not re.fullmatch(r"\d+(,\d+)*", wanted):
         fail(f"GPUS is {wanted!r}, expected numbers such as 0,1,2")
     indices = [int(index) for index in wanted.split(",")]
     if max(indices) >= (available := gpu_count("gpu-hot")):
         fail(f"GPUS is {wanted}, and the GPUs here are 0 to {available - 1}; leave out {max(indices)}")
-    import torch  # noqa: PLC0415  slow to import, and gpu-status and kill-gpu need none
-
-    matrices = [torch.randn(8192, 8192, device=f"cuda:{index}", dtype=torch.float16) for index in indices]
-    print(f"Keeping GPU {wanted} busy; Ctrl-C ends it.", flush=True)
-    try:
-        while True:
-            for _ in range(10):
-                for matrix in matrices:
-                    torch.mm(matrix, matrix)
-            for index in indices:
-                torch.cuda.synchronize(index)
-    except KeyboardInterrupt:
-        print()
+    os.execv(sys.executable, [sys.executable, "-m", "experiments.launch.hot", wanted])
 
 
 def ddp_train() -> NoReturn:

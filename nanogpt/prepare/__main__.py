@@ -66,7 +66,7 @@ def prepared(config: PrepareConfig) -> Manifest:
     """What `build.prepare` returns, while the workers' server starts beside its imports."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more would spin while they wait for products
     start_server(choose_engine(config.engine, config.tokenizer))
-    from nanogpt.prepare.build import prepare  # noqa: PLC0415  slow to import, and the server starts meanwhile
+    from nanogpt.prepare.build import prepare
 
     return prepare(config)
 
@@ -211,7 +211,7 @@ def folder_argument(command: str, description: str, arguments: list[str]) -> Pat
 
 def look(command: str, folder: Path) -> None:
     """Verify or inspect `folder`, and print what is found."""
-    from nanogpt.prepare import check  # noqa: PLC0415  slow to import, and a run starts its server first
+    from nanogpt.prepare import check
 
     try:
         if command == "verify":

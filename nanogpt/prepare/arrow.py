@@ -108,7 +108,7 @@ def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
 @functools.lru_cache(maxsize=2)
 def open_hub_parquet(name: str, cached: bool) -> pq.ParquetFile:
     """Kept open, because asking the hub for a file again and again takes longer than reading a part of it."""
-    from nanogpt.prepare import hub  # noqa: PLC0415  slow to import, and files on this machine need none
+    from nanogpt.prepare import hub
 
     return pq.ParquetFile(hub.open_file(name, cached), pre_buffer=True)
 

@@ -13,7 +13,7 @@ from nanogpt.byte_pairs import byte_alphabet, merges_file, merges_of
 def fastokens_tokenizer() -> Any:
     """A `fastokens.Tokenizer` for one core; built once in a process."""
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # RAYON_NUM_THREADS of 1 leaves it two
-    import fastokens  # noqa: PLC0415  optional: the package works without it
+    import fastokens
 
     # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
     return fastokens.Tokenizer.from_json_str(tokenizer_json())

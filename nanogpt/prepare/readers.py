@@ -253,7 +253,7 @@ def open_stream(raw: Any, suffix: str) -> BufferedIOBase:
         case ".xz":
             return lzma.open(raw)
         case ".zst":
-            from nanogpt.prepare import arrow  # noqa: PLC0415  slow to import, and it imports this module
+            from nanogpt.prepare import arrow
 
             return arrow.open_zstandard(raw)
     return raw

@@ -109,7 +109,7 @@ def source_named(name: str, options: Options) -> Source:
 
 
 def hub_source(name: str, options: Options) -> Source:
-    from nanogpt.prepare import hub  # noqa: PLC0415  slow to import, and files on this machine need none
+    from nanogpt.prepare import hub
 
     full_name, pinned = HUB_SHORTHANDS.get(name, (name, None))
     revision = options.revision or pinned
@@ -127,7 +127,7 @@ def hub_source(name: str, options: Options) -> Source:
 
 def parquet_parts(names: Iterable[str], *, cached: bool) -> Iterator[tuple[Part, int]]:
     """Parts of all these files, on this machine or on the hub."""
-    from nanogpt.prepare import arrow  # noqa: PLC0415  slow to import, and text needs none
+    from nanogpt.prepare import arrow
 
     for name in names:
         yield from arrow.row_parts(name, PART_BYTES, cached)

@@ -1,11 +1,10 @@
 """Imported by the server that workers are forked from: they find imports and tiktoken's tables ready."""
 
 import gc
+import importlib
 
-from nanogpt.prepare import build
 from nanogpt.tokenizer import gpt2
 
-__all__ = ["build"]
-
+importlib.import_module("nanogpt.prepare.build")
 gpt2().encode("")
 gc.freeze()  # no collection in a worker copies these pages
