@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import torch
 
 from nanogpt.data import Batch, Tokens, window_count
+from nanogpt.loss import IGNORED
 from nanogpt.model import Params
 from nanogpt.train import EvalStep
-
-IGNORED = -100  # a target that cross-entropy leaves out
 
 
 def validation_loss(

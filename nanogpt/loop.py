@@ -20,6 +20,7 @@ from nanogpt.data import Batch, batch_at, batch_hash, prefetch, require_ids
 from nanogpt.errors import UserError
 from nanogpt.evals import validation_batches, validation_loss, validation_windows
 from nanogpt.plan import Plan
+from nanogpt.plot import draw_loss
 from nanogpt.processes import Team
 from nanogpt.run_dir import METRICS, PICTURE, describe
 from nanogpt.sample import generate, text_of
@@ -166,8 +167,6 @@ class Loop:
             self.checkpointer.save(self.step, state, metadata=about, val_loss=fresh)
             run_dir = self.plan.config.run_dir
             if self.team.world.rank == 0:
-                from nanogpt.plot import draw_loss
-
                 draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
         if is_end or falls_on(self.plan.config.sample.interval, self.step):
             self.write_sample(state)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+IGNORED = -100  # a target that cross-entropy leaves out
 DEFAULT_CHUNK_TOKENS = 1024
 GPU_CHUNK_TOKENS = 8192
 """By an H100's data sheet the products of 1,024 rows take 0.3 ms, and adding up the head's gradient 0.1 more.
@@ -34,7 +35,7 @@ def next_token_loss(
     rows, ids = logits.flatten(0, -2), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     total = sum(F.cross_entropy(row.float(), target, reduction="sum") for row, target in chunks)
-    return torch.as_tensor(total) / (ids != -100).sum()
+    return torch.as_tensor(total) / (ids != IGNORED).sum()
 
 
 def head_loss(

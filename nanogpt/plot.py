@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from nanogpt.tracker import Record, read_metrics
 
@@ -19,6 +18,8 @@ def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
 
     Without records the axes are empty. Raises UserError where the file is not what `JsonLines` wrote.
     """
+    from matplotlib.figure import Figure
+
     records = read_metrics(metrics_path)
     train, validation = _points(records, "loss"), _points(records, "val_loss")
     # `Figure` alone has no window system behind it.
