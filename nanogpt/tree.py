@@ -107,6 +107,12 @@ def overwrite_slots(old: Tree, new: Tree, params: dict[str, Any]) -> Tree:
     )
 
 
+def only_slots(tree: Tree, params: dict[str, Any]) -> Tree:
+    """The tree with None for what is no slot."""
+    is_slot = is_slot_of(params)
+    return map(lambda node: node if is_slot(node) else None, tree, is_leaf=is_slot)
+
+
 def leaves(tree: Tree) -> list[Any]:
     """The leaves, in the order in which `paths` names them."""
     return pytree.tree_leaves(tree)

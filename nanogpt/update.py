@@ -60,8 +60,11 @@ def make_update_by_leaf(
             )
         return tree.overwrite_slots((params, opt_state), new, params) if donate else new
 
+    def update_slots(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
+        return tree.only_slots(update_leaf(factor, numbers, grads, opt_state, params), params)
+
     # Not what other leaves were like in this process, only the mark below says what may differ.
-    compiled = as_one_graph(update_leaf, dynamic=False) if compile else update_leaf
+    compiled = as_one_graph(update_slots, dynamic=False) if compile else update_slots
 
     def in_a_row(leaf: Tensor) -> Tensor:
         if not leaf.is_contiguous():
@@ -82,11 +85,13 @@ def make_update_by_leaf(
         flat = tree.map(in_a_row, own_old)
         flat_grads = tree.map(in_a_row, sharding.local(grads))
         parts = tree.split((numbers, flat_grads, flat[1], flat[0]), params)
+        # What is no slot, a count, goes on once, beside an element that nobody keeps, not with each leaf.
+        beside = tree.map(lambda part: part[:1].clone() if part.ndim else part, next(iter(parts.values())))
         for name, part in parts.items():
             # A rank may have no rows of a leaf, and a graph of any size wants two elements.
-            update_one = compiled if flat[0][name].numel() > 1 else update_leaf
+            update_one = compiled if flat[0][name].numel() > 1 else update_slots
             parts[name] = update_one(factor, *part)
-        new = tree.join(flat, params, parts)
+        new = tree.join(flat, params, {**parts, "beside": update_leaf(factor, *beside)})
         if donate:  # slots are in their old place already; a count, which all leaves have read, is not
             tree.overwrite(flat, new)
             return params, opt_state
