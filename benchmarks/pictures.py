@@ -96,6 +96,7 @@ def draw_memory(axes: Axes, result: Result) -> None:
                 precision=work["precision"],
                 loss_chunk_tokens=chunk_tokens_of(work["device"]),
                 compile=work["compile"],
+                device_type=work["device"],
             )
         )
         how = "" if work["compile"] else " eager"

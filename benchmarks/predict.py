@@ -223,6 +223,7 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
         block_size=model.block_size,
         precision="bfloat16",
         loss_chunk_tokens=chunk_tokens_of("cuda"),
+        device_type="cuda",
     )
     alone = {kind: size for kind, size in plan.items() if kind != "total"}
     work, by_layout = Work(model=model, batch_size=batch_size, compile=False), {(1, 1): alone}

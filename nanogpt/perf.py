@@ -21,14 +21,17 @@ USABLE_FRACTION = 0.9
 """Part of the available memory that a plan may fill; the rest is for fragmentation and the runtime."""
 
 SAVED_PER_LAYER = 10
-"""Numbers that a compiled block keeps for backward, per token and in units of n_embd, in the compute dtype:
-input 1, q k v 3, attention output 1, residual 1, hidden layer before GELU 4."""
+"""Numbers that a block compiled for a CPU keeps for backward, per token and in units of n_embd, in the
+compute dtype: input 1, q k v 3, attention output 1, residual 1, hidden layer before GELU 4."""
 
 SAVED_PER_EAGER_LAYER = 16
-"""What an eager one keeps: besides these both norms 2 and the hidden layer after GELU 4."""
+"""What an eager one keeps, and on a GPU any: besides these both norms 2, hidden layer after GELU 4."""
 
-BYTES_PER_LOGIT = 8
-"""fp32: the logit and its gradient, 4 + 4. Half precision: logit 2, its fp32 softmax 4, gradient 2."""
+NUMBERS_PER_LOGIT = 2
+"""What a compiled chunk of the loss holds, in the compute dtype: the logit and its gradient."""
+
+BYTES_PER_EAGER_LOGIT = 16
+"""What an eager one holds in any precision: logit, one-hot and two steps of the softmax between, in fp32."""
 
 
 @runtime_checkable
@@ -195,25 +198,28 @@ def memory_plan(
     optimizer_slots: int = 2,
     shards: int = 1,
     compile: bool = True,
+    device_type: str = "cpu",
 ) -> dict[str, int]:
     """Bytes that a training step needs on one device, by kind, and their "total".
 
     Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32; with `accumulation` of more
     than 1 a microstep's gradients are made beside the sum of those before. Half precision adds a copy
-    of the parameters to compute with (more than a compiled step on one device needs, which copies a block at
-    a time). Each of several `shards` keeps its part of these, and the whole parameters and gradients while it
+    of the parameters to compute with; a compiled step on one device copies a block at a time, and keeps the
+    head's. Each of several `shards` keeps its part of these, and the whole parameters and gradients while it
     computes. Activations are what backward needs of `batch_size` sequences of `block_size` tokens:
-    SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` SAVED_PER_EAGER_LAYER; one fp32
-    log-sum-exp a head (no T x T matrix: attention is fused), and the last norm's input and output.
-    Logits are those of one chunk of the loss, BYTES_PER_LOGIT each.
+    SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` or on "cuda" SAVED_PER_EAGER_LAYER;
+    one fp32 log-sum-exp a head (no T x T matrix: attention is fused), and the last norm's input and output.
+    Logits are those of one chunk of the loss: NUMBERS_PER_LOGIT, or BYTES_PER_EAGER_LOGIT.
     """
     number = 4 if precision == "float32" else 2
     parameters = 4 * parameter_count(config)
     tokens = batch_size * block_size
-    saved = SAVED_PER_LAYER if compile else SAVED_PER_EAGER_LAYER
+    saved = SAVED_PER_LAYER if compile and device_type != "cuda" else SAVED_PER_EAGER_LAYER
+    logit = NUMBERS_PER_LOGIT * number if compile else BYTES_PER_EAGER_LOGIT
     per_layer = saved * config.n_embd * number + 4 * config.n_head
     own = math.ceil(parameters / shards)
-    copied = parameters * number // 4 if shards > 1 or precision != "float32" else 0
+    narrow = config.vocab_size * config.n_embd if compile and shards == 1 else parameter_count(config)
+    copied = number * narrow if shards > 1 or precision != "float32" else 0
     summed = parameters if accumulation > 1 and shards == 1 else 0  # FSDP2 adds to what it has
     plan = {
         "parameters": own,
@@ -221,7 +227,7 @@ def memory_plan(
         "gradients": parameters + summed + (own if shards > 1 else 0),
         "compute copy": copied,
         "activations": tokens * (config.n_layer * per_layer + 2 * config.n_embd * number),
-        "logits": min(loss_chunk_tokens, tokens) * config.vocab_size * BYTES_PER_LOGIT,
+        "logits": min(loss_chunk_tokens, tokens) * config.vocab_size * logit,
     }
     return plan | {"total": sum(plan.values())}
 
@@ -238,6 +244,7 @@ def fit_batch_size(
     optimizer_slots: int = 2,
     shards: int = 1,
     compile: bool = True,
+    device_type: str = "cpu",
 ) -> int:
     """The largest divisor of `batch_size` whose plan fills at most USABLE_FRACTION of `available_bytes`.
 
@@ -256,6 +263,7 @@ def fit_batch_size(
             optimizer_slots=optimizer_slots,
             shards=shards,
             compile=compile,
+            device_type=device_type,
         )
         return plan["total"]
 

@@ -54,6 +54,7 @@ def plan_text(plan: Plan) -> str:
         accumulation=spec.accumulation,
         shards=plan.mesh[1],
         compile=plan.compile,
+        device_type=hardware.device.type,
     )
     kinds = [f"{kind} {format_bytes(size)}" for kind, size in memory.items() if kind != "total" and size]
     flops = perf.flops_per_token(model, spec.block_size)

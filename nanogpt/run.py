@@ -304,6 +304,7 @@ def fit(
         accumulation=spec.accumulation,
         shards=shards,
         compile=compile,
+        device_type=hardware.device.type,
     )
     return dataclasses.replace(spec, batch_size=batch_size)
 

@@ -136,9 +136,9 @@ def test_the_plan_of_a_tiny_model_adds_up_by_hand():
         "parameters": 4 * N,
         "optimizer state": 8 * N,
         "gradients": 4 * N,
-        "compute copy": 2 * N,
+        "compute copy": 2 * 11 * 4,
         "activations": 15 * (2 * per_layer + 2 * 4 * 2),
-        "logits": 6 * 11 * 8,
+        "logits": 6 * 11 * 2 * 2,
     }
     assert plan == expected | {"total": sum(expected.values())}
 
@@ -157,6 +157,19 @@ def test_an_eager_block_remembers_what_a_compiled_one_computes_again():
         perf.memory_plan(GPT2Config(), **shape, compile=compile)["activations"] for compile in (False, True)
     )
     assert eager - compiled == 4 * 1024 * 12 * 6 * 768 * 4  # norms 2, after GELU 4
+
+
+def test_a_gpu_remembers_compiled_what_it_remembers_eagerly():
+    shape = {"batch_size": 4, "block_size": 1024, "loss_chunk_tokens": 1024, "precision": "bfloat16"}
+    activations = {
+        (compile, device_type): perf.memory_plan(
+            GPT2Config(), **shape, compile=compile, device_type=device_type
+        )["activations"]
+        for compile in (False, True)
+        for device_type in ("cpu", "cuda")
+    }
+    assert activations[True, "cuda"] == activations[False, "cuda"] == activations[False, "cpu"]
+    assert activations[True, "cpu"] < activations[True, "cuda"]
 
 
 def test_more_microsteps_need_room_for_a_sum_of_gradients():

@@ -15,7 +15,7 @@ from nanogpt.plan import Plan, plan_text
 GOLDEN = Path(__file__).parent / "golden/plan.txt"
 REGENERATE = "python tests/test_plan.py"
 A100 = perf.Hardware(
-    torch.device("cpu"), "NVIDIA A100-SXM4-80GB", 32, 85 * 10**9, 84 * 10**9, bf16_fast=True, fp16_fast=True
+    torch.device("cuda"), "NVIDIA A100-SXM4-80GB", 32, 85 * 10**9, 84 * 10**9, bf16_fast=True, fp16_fast=True
 )
 
 
