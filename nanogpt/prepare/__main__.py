@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
         """The flags by name. Raises UserError with the nearest flag for one that is unknown."""
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
-            flags = [f"--{name.replace('_', '-')}" for name in vars(parsed)]
+            flags = [f"--{name.replace('_', '-')}" for name in vars(parsed) if name != "source"]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
             hint = f"did you mean {near[0]}?" if near else "leave it out"
             raise UserError(f"got {unknown[0]}, expected what `{self.prog} --help` lists; {hint}")
