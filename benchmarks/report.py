@@ -67,7 +67,7 @@ COMMANDS = {
         "predict": "",
     },
     "cuda": {
-        "throughput": "--device cuda --batch-size 16 32 64 --attention auto flash cudnn --steps 20 --starts",
+        "throughput": "--device cuda --batch-size 64 32 16 --attention auto flash --steps 20 --starts",
         "peers": "--device cuda --batch-size 64 --block-size 1024 --turns 10",
         "limit": "--device cuda --batch-size 64 --block-size 1024",
         "data": "",
@@ -90,8 +90,8 @@ class ReportConfig:
     """Folder to write to."""
     only: tuple[str, ...] = tuple(TITLES)
     """Benchmarks to run; the others' results stay what an older report of this name has."""
-    arguments: dict[str, str] | None = None
-    """Arguments for a benchmark instead of its usual ones: --arguments peers "--batch-size 1"."""
+    arguments: tuple[str, ...] = ()
+    """Benchmarks with other arguments than their usual ones: --arguments "peers --batch-size 1"."""
     render: Path | None = None
     """Only write the pages again, from this JSON."""
     device: str | None = None
@@ -100,10 +100,18 @@ class ReportConfig:
     """Small models and files, to see that everything works."""
 
     def __post_init__(self) -> None:
-        for name in (*self.only, *(self.arguments or {})):
-            if name not in TITLES:
-                known = ", ".join(TITLES)
-                raise UserError(f"no benchmark is called {name!r}, expected some of {known}; set --only")
+        for option, names in {"only": self.only, "arguments": self.own_arguments}.items():
+            for name in names:
+                if name not in TITLES:
+                    known = ", ".join(TITLES)
+                    raise UserError(
+                        f"no benchmark is called {name!r}, expected some of {known}; set --{option}"
+                    )
+
+    @property
+    def own_arguments(self) -> dict[str, str]:
+        """`arguments` by benchmark."""
+        return {name: rest for name, _, rest in (text.partition(" ") for text in self.arguments)}
 
 
 def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     of them, for those that read it and for whoever stops the rest."""
     device, old = about["device"], read_json(path) if path.exists() else {}
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
-    usual = COMMANDS[kind] | (config.arguments or {})
+    usual = COMMANDS[kind] | config.own_arguments
     results = dict(old.get("results", {}))
     report = {"benchmark": "report", "facts": about, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,8 @@ class ThroughputConfig:
     steps: int = 10
     """Timed steps of each row, at least 2; 3 more come first."""
     starts: bool = False
-    """Also time the first step twice with an empty compile cache of its own: cold, then warm in a new
-    process."""
+    """Also time the first row's first step twice, with an empty compile cache of its own: cold, then warm in
+    a new process."""
     mesh: Mesh = field(default_factory=Mesh)
     device: str | None = None
     """cpu or cuda; None takes the GPU where there is one."""
@@ -106,10 +106,10 @@ def works_of(config: ThroughputConfig) -> list[Work]:
     ]
 
 
-def measure(work: Work, config: ThroughputConfig) -> dict[str, Any]:
+def measure(work: Work, config: ThroughputConfig, *, starts: bool) -> dict[str, Any]:
     """One row but for its MFU: a work and its numbers, or what stopped it."""
     try:
-        starts = cold_and_warm_s(config.contender, work) if config.starts and work.compile else {}
+        starts = cold_and_warm_s(config.contender, work) if starts and work.compile else {}
         with Worker(config.contender, work) as worker:
             started = worker.start()
             if work.device == "cpu":
@@ -188,7 +188,7 @@ def benchmark(config: ThroughputConfig) -> dict[str, Any]:
 
     rows, peaks = [], peaks_now()
     for number, work in enumerate(works):
-        rows.append(measure(work, config))
+        rows.append(measure(work, config, starts=config.starts and not rows))
         peaks = higher(peaks, peaks_now())
         outcome = rows[-1].get("error") or f"{rows[-1]['tokens_per_second']:,.0f} tokens/s"
         say(f"{number + 1} of {len(works)}: {outcome}")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import tyro
 
 from benchmarks import (
     compare,
@@ -140,6 +141,14 @@ def test_products_are_six_flops_for_each_weight_and_token() -> None:
         ("graph_0_cpp_fused__to_copy_add_native_layer_norm_2", "elementwise"),
         ("graph_2_cpp_fused_add_clone_div_lerp_mul_sqrt_0", "optimizer"),
         ("triton_red_fused_logsumexp_masked_fill_1", "loss"),
+        ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_bias_NNN", "matmul"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>", "attention"),
+        ("void at::native::(anonymous namespace)::sum_and_scatter<float, long>", "elementwise"),
+        ("triton_red_fused__to_copy_exp_prepare_softmax_online_1", "loss"),
+        ("triton_poi_fused_add_copy__div_lerp_mul_neg_sqrt_0", "optimizer"),
+        ("void at::native::multi_tensor_apply_kernel<LpNormFunctor<float>>", "optimizer"),
         ("Torch-Compiled Region: 0/0", "around graphs"),
         ("CompiledFunctionBackward", "around graphs"),
     ],
@@ -287,6 +296,12 @@ def test_a_report_keeps_what_it_has_when_it_is_stopped(
     assert results["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
 
 
+def test_a_benchmark_of_a_report_can_be_given_other_arguments() -> None:
+    texts = ("peers --turns 6 --device cuda", "data --quick")
+    config = tyro.cli(report.ReportConfig, args=["--arguments", *texts])
+    assert config.own_arguments == {"peers": "--turns 6 --device cuda", "data": "--quick"}
+
+
 def test_a_dry_run_counts_the_rows_that_each_rank_holds() -> None:
     uneven = replace(TINY, n_embd=34, vocab_size=7)  # 3 shards: 34 rows are 12 + 12 + 10, 7 are 3 + 3 + 1
     plan = dry_run.plan(replace(WORK, model=uneven), (1, 3))
@@ -347,7 +362,7 @@ def test_a_peak_measured_in_a_busy_moment_does_not_count(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         throughput,
         "measure",
-        lambda work, _: throughput.row_of(work, [2.0], {"steps": 1, "whole": 2}, 3.0),
+        lambda work, _, *, starts: throughput.row_of(work, [2.0], {"steps": 1, "whole": 2}, 3.0),
     )
     config = throughput.ThroughputConfig(
         batch_size=(1, 2), compile=(False,), precision=("float32",), device="cpu"
@@ -355,6 +370,19 @@ def test_a_peak_measured_in_a_busy_moment_does_not_count(monkeypatch: pytest.Mon
     result = throughput.benchmark(config)
     assert [row["peak_flops"] for row in result["rows"]] == [4e9, 4e9]
     assert [row["mfu"] for row in result["rows"]] == [row["flops_per_second"] / 4e9 for row in result["rows"]]
+
+
+def test_only_the_first_row_is_started_cold_and_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def measure(work: Work, config: throughput.ThroughputConfig, *, starts: bool) -> dict[str, str]:
+        started.append(starts)
+        return {"error": "not measured"}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    for starts in (True, False):
+        throughput.benchmark(throughput.ThroughputConfig(batch_size=(1, 2, 4), starts=starts, device="cpu"))
+    assert started == [True, False, False] + 3 * [False]
 
 
 def test_throughput_has_a_row_for_each_combination() -> None:
@@ -388,6 +416,10 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         (
             lambda: report.ReportConfig(only=("all",)),
             "no benchmark is called 'all', expected some of throughput",
+        ),
+        (
+            lambda: report.ReportConfig(arguments=("peer --turns 6",)),
+            "no benchmark is called 'peer', expected some of .*; set --arguments",
         ),
     ],
 )
