@@ -27,6 +27,9 @@ from nanogpt.sample import generate, text_of
 from nanogpt.tracker import Console, Tracker
 from nanogpt.train import Metrics, Precision, TrainState, make_eval_step, make_train_step
 
+Moment = float | torch.cuda.Event
+"""Seconds of the host's clock, or on a GPU a point in its work: Python runs ahead of that by a step."""
+
 
 class RunResult(NamedTuple):
     """How a run ended."""
@@ -89,19 +92,19 @@ class Loop:
         self.eval_step = make_eval_step(config.model, **choices)
         self.step, pending = plan.start, None
         runs_ahead = plan.hardware.device.type == "cuda"  # elsewhere a step has ended when its call returns
-        self.read_at = time.perf_counter()
+        self.began = now(plan.hardware.device)
         with contextlib.closing(self.batches()) as batches:
             for batch in batches:
                 self.team.step(self.step + 1)
                 state, metrics = train_step(state, batch)
                 reading = copy_to_host(metrics)
                 if pending is not None:  # the step before: its numbers are here while this one still runs
-                    self.report(self.step, pending())
+                    self.report(self.step, *pending())
                 self.step, pending = self.step + 1, reading
                 stop, self.hashes[self.step] = self.agree(caught)  # asked once: a later signal waits a step
                 is_last = bool(stop) or self.step == plan.last
                 if not runs_ahead or is_last or self.is_due():
-                    self.report(self.step, pending())
+                    self.report(self.step, *pending())
                     pending = None
                 if is_last or self.is_due():
                     self.between_steps(state, is_last=is_last)
@@ -134,10 +137,9 @@ class Loop:
         groups = (self.plan.config.eval, self.plan.config.checkpoint, self.plan.config.sample)
         return any(falls_on(group.interval, self.step) for group in groups)
 
-    def report(self, step: int, metrics: dict[str, float]) -> None:
+    def report(self, step: int, metrics: dict[str, float], ended: Moment) -> None:
         """Logs a step's numbers; raises UserError where they show that the parameters are lost."""
-        now = time.perf_counter()
-        seconds, self.read_at = now - self.read_at, now
+        seconds, self.began = seconds_between(self.began, ended), ended
         self.loss = metrics["loss"]
         tokens_per_second = self.plan.spec.total_batch_size / seconds
         flops = tokens_per_second * perf.flops_per_token(self.plan.config.model, self.plan.spec.block_size)
@@ -170,7 +172,7 @@ class Loop:
                 draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
         if is_end or falls_on(self.plan.config.sample.interval, self.step):
             self.write_sample(state)
-        self.read_at = time.perf_counter()  # tokens per second are of training alone
+        self.began = now(self.plan.hardware.device)  # tokens per second are of training alone
 
     def evaluate(self, state: TrainState) -> None:
         """Logs the loss on the validation text."""
@@ -234,19 +236,37 @@ def falls_on(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def copy_to_host(metrics: Metrics) -> Callable[[], dict[str, float]]:
-    """Starts to copy the metrics of a step and returns what waits for them: that step alone, not the ones
-    after it."""
+def copy_to_host(metrics: Metrics) -> Callable[[], tuple[dict[str, float], Moment]]:
+    """Starts to copy the metrics of a step and returns what waits for them, that step alone and not the ones
+    after it, and tells when it ended."""
     host = {name: value.to("cpu", non_blocking=True) for name, value in metrics.items()}
-    loss = metrics["loss"]
-    copied = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
+    copied = now(metrics["loss"].device)
 
-    def read() -> dict[str, float]:
-        if copied is not None:
+    def read() -> tuple[dict[str, float], Moment]:
+        if isinstance(copied, torch.cuda.Event):
             copied.synchronize()
-        return {name: float(value) for name, value in host.items()}
+        numbers = {name: float(value) for name, value in host.items()}
+        return numbers, copied if isinstance(copied, torch.cuda.Event) else time.perf_counter()
 
     return read
+
+
+def now(device: torch.device) -> Moment:
+    """This moment; on a GPU the one at which it will have done what has been launched."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(begin: Moment, end: Moment) -> float:
+    """Seconds from one moment to a later one of the same device; both have to be over."""
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    assert isinstance(begin, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return begin.elapsed_time(end) / 1000
 
 
 @contextlib.contextmanager

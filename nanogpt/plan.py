@@ -59,6 +59,7 @@ def plan_text(plan: Plan) -> str:
     kinds = [f"{kind} {format_bytes(size)}" for kind, size in memory.items() if kind != "total" and size]
     flops = perf.flops_per_token(model, spec.block_size)
     floor_s = flops * spec.total_batch_size / (plan.peak_flops * spec.process_count)
+    step_floor = f"{floor_s:.2f} s" if floor_s < 60 else format_seconds(floor_s)
     rows = {
         "model": f"{perf.parameter_count(model):,} parameters: {model.n_layer} layers, {model.n_head} heads, "
         f"width {model.n_embd}, {model.block_size} positions, {model.vocab_size:,} tokens",
@@ -72,7 +73,7 @@ def plan_text(plan: Plan) -> str:
         f"{max_steps / epoch_steps:,.2f} epochs",
         "memory": f"{format_bytes(memory['total'])} planned of {format_bytes(hardware.available_bytes)} "
         f"free: {', '.join(kinds)}",
-        "compute": f"{format_count(flops)}FLOP a token; a step is at least {format_seconds(floor_s)} and the "
+        "compute": f"{format_count(flops)}FLOP a token; a step is at least {step_floor} and the "
         f"run {format_seconds(floor_s * max(plan.last - plan.start, 0))} at {plan.peak_flops / 1e12:.3g} "
         f"TFLOP/s ({plan.peak_source})",
         "files": f"{config.run_dir}/: config.json, metrics.jsonl, loss.png, checkpoints/",

@@ -181,6 +181,30 @@ def test_a_record_adds_up(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len({record["batch_hash"] for record in steps}) == 3
 
 
+def test_on_a_gpu_a_step_lasts_as_long_as_the_gpu_works_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever Python reads it: before an evaluation it waits for two steps at once."""
+    ends = iter([0.5, 1.5, 3.5])
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing  # or it could not be asked
+
+        def record(self, stream: str) -> None:
+            self.at = {"of cuda:1": next(ends)}[stream]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", "of {}".format)
+    now, seconds_between = loop.now.__wrapped__, loop.seconds_between.__wrapped__  # no types of fakes
+    began, first, second = (now(torch.device("cuda", 1)) for _ in range(3))
+    assert (seconds_between(began, first), seconds_between(first, second)) == (1.0, 2.0)
+    begin = time.perf_counter()
+    assert begin < now(torch.device("cpu")) < time.perf_counter()
+    assert seconds_between(2.0, 3.5) == 1.5
+
+
 def test_samples_of_two_steps_are_two_draws_and_the_best_checkpoint_stays(go: Go, tmp_path: Path) -> None:
     wanted = {"sample__temperature": 5, "optim__max_learning_rate": 1e-9, "optim__min_learning_rate": 0}
     go(tmp_path, *EAGER, train__max_steps=3, sample__interval=1, eval__interval=1, **wanted)
