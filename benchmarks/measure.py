@@ -100,18 +100,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a result ({error}); give a benchmark's output") from error
 
 
-def read_result(path: Path, benchmark: str) -> dict[str, Any]:
-    """The result of `benchmark` in a file of its own or in a report's."""
-    found = read_json(path)
-    if found.get("benchmark") == "report":
-        found = found["results"].get(benchmark, {})
-    if found.get("benchmark") != benchmark:
-        raise UserError(
-            f"{path} holds no result of benchmarks.{benchmark}; run python -m benchmarks.{benchmark}"
-        )
-    return found
-
-
 def choose_device(device: str | None) -> str:
     """`device`, or the GPU where there is one. Raises UserError where there is none and one is wanted."""
     if device not in (None, "cpu") and not torch.cuda.is_available():

@@ -5,8 +5,9 @@ The model: a step's matrix products and attention run at a share of the data she
 work and its optimizer move bytes at a share of the data sheet's bandwidth, and the gradients' all-reduce is a
 ring, hidden behind backward as far as that lasts. Every row says whether it is measured, published, claimed
 or predicted; predictions carry the model's error on the published runs, and a measured row says how far the
-model was from it. Memory is that of a rank in `benchmarks.dry_run`, which `python -m benchmarks.sharding`
-compares with real processes.
+model was from it. Where one GPU was measured, several of its kind are predicted from that as well: its step,
+and what the all-reduce adds. Memory is that of a rank in `benchmarks.dry_run`, which
+`python -m benchmarks.sharding` compares with real processes.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,8 +18,9 @@ import tyro
 
 from benchmarks import dry_run
 from benchmarks.contenders import Work
-from benchmarks.measure import facts, finish, one_line_errors, read_result, table
+from benchmarks.measure import facts, finish, one_line_errors, read_json, table
 from nanogpt import perf
+from nanogpt.errors import UserError
 from nanogpt.loss import chunk_tokens_of
 from nanogpt.model import GPT2Config
 from nanogpt.units import format_bytes
@@ -115,7 +117,8 @@ class PredictConfig:
     total_batch_size: int = 524288
     """Tokens in a step over all GPUs."""
     measured: Path | None = None
-    """JSON of `benchmarks.throughput` on one A100 or H100; its rate stands beside the prediction."""
+    """JSON of `benchmarks.throughput` or `benchmarks.peers` on one A100 or H100, or a report with one; its
+    rate stands beside the prediction."""
     quick: bool = False
     """Leave out the memory of several GPUs, whose dry runs take a minute."""
 
@@ -148,12 +151,21 @@ def all_reduce_s(config: GPT2Config, machine: Machine) -> float:
 
 
 def step_s(config: GPT2Config, machine: Machine, *, total_batch_size: int, batch_size: int) -> float:
-    """Seconds of a step; two thirds of the last microstep (its backward) can hide the all-reduce."""
+    """Seconds of a step."""
     gpu = GPUS[machine.gpu]
     tokens = total_batch_size / machine.count
     compute = microstep_s(config, tokens, gpu)
+    exposed = exposed_s(config, machine, compute, tokens=tokens, batch_size=batch_size)
+    return compute + optimizer_s(config, gpu) + exposed
+
+
+def exposed_s(
+    config: GPT2Config, machine: Machine, compute: float, *, tokens: float, batch_size: int
+) -> float:
+    """Seconds of the all-reduce beyond the two thirds of the last microstep (its backward) that can hide it;
+    `compute` seconds go to a GPU's `tokens`."""
     last = compute * min(1.0, batch_size * config.block_size / tokens)
-    return compute + optimizer_s(config, gpu) + max(0.0, all_reduce_s(config, machine) - last * 2 / 3)
+    return max(0.0, all_reduce_s(config, machine) - last * 2 / 3)
 
 
 def predictions(config: PredictConfig, model: GPT2Config) -> dict[str, float]:
@@ -200,7 +212,7 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
         row_of(run.kind, run.who, run.machine, run.tokens_per_second, model, run.source) for run in PUBLISHED
     ]
     if config.measured is not None:
-        rows += measured_rows(config.measured, predicted, model)
+        rows += measured_rows(config, config.measured, predicted, model)
     note = f"roofline; off by up to {worst:.0%} on {CALIBRATED_ON}'s published runs"
     rows += [
         row_of("predicted", "model, any trainer", name, rate, model, note) for name, rate in predicted.items()
@@ -250,16 +262,50 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
     return rows
 
 
-def measured_rows(path: Path, predicted: dict[str, float], model: GPT2Config) -> list[dict[str, Any]]:
-    """The fastest row that was measured on one of the GPUs above, with the model's error on it."""
-    result = read_result(path, "throughput")
-    sheet = perf.sheet_key(result["facts"]["hardware"])
-    name = next((f"1x {name}" for name, gpu in GPUS.items() if gpu.sheet == sheet), None)
-    rates = [row["tokens_per_second"] for row in result["rows"] if "error" not in row]
-    if name is None or not rates:
+def measured_rows(
+    config: PredictConfig, path: Path, predicted: dict[str, float], model: GPT2Config
+) -> list[dict[str, Any]]:
+    """The fastest row that was measured on one of the GPUs above, with the model's error on it, and what that
+    makes several of them."""
+    hardware, rates = measured_rates(path, model)
+    sheet = perf.sheet_key(hardware)
+    gpu = next((name for name, gpu in GPUS.items() if gpu.sheet == sheet), None)
+    if gpu is None or not rates:
         return []
-    error = predicted[name] / max(rates) - 1
-    return [row_of("measured", "ours", name, max(rates), model, f"{path}; the model is off by {error:+.0%}")]
+    rate, alone = max(rates), f"1x {gpu}"
+    note = f"{path}; the model is off by {predicted[alone] / rate - 1:+.0%}"
+    rows = [row_of("measured", "ours", alone, rate, model, note)]
+    for name, machine in MACHINES.items():
+        if machine.gpu == gpu and machine.count > 1:
+            tokens = config.total_batch_size / machine.count
+            compute = tokens / rate
+            exposed = exposed_s(model, machine, compute, tokens=tokens, batch_size=config.batch_size)
+            together = config.total_batch_size / (compute + exposed)
+            rows.append(
+                row_of("predicted", "ours", name, together, model, f"the measured {alone}, and a ring")
+            )
+    return rows
+
+
+def measured_rates(path: Path, model: GPT2Config) -> tuple[str, list[float]]:
+    """The hardware's name, and tokens a second of our steps of `model` on one device."""
+    found = read_json(path)
+    results = found.get("results", {found.get("benchmark"): found})
+    results = {name: results[name] for name in ("throughput", "peers") if "facts" in results.get(name, {})}
+    if not results:
+        raise UserError(
+            f"{path} holds no result of benchmarks.throughput or benchmarks.peers; "
+            f"run python -m benchmarks.throughput"
+        )
+    rows = results.get("throughput", {}).get("rows", [])
+    if "peers" in results:
+        rows = [*rows, results["peers"]["contenders"]["ours"] | {"work": results["peers"]["work"]}]
+    rates = [
+        row["tokens_per_second"]
+        for row in rows
+        if "error" not in row and row["work"]["model"] == asdict(model) and row.get("ranks", 1) == 1
+    ]
+    return next(iter(results.values()))["facts"]["hardware"], rates
 
 
 def table_of(result: dict[str, Any]) -> str:

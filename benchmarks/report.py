@@ -133,8 +133,12 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
 
 def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str, Any]:
     """The report's JSON: results by benchmark, on top of what an older report had. It is in `path` after each
-    of them, for those that read it and for whoever stops the rest."""
-    device, old = about["device"], read_json(path) if path.exists() else {}
+    of them, for those that read it and for whoever stops the rest. Predictions measure nothing, so made again
+    elsewhere they leave the report that of the machine that it was measured on."""
+    old = read_json(path) if path.exists() else {}
+    if config.only == ("predict",):
+        about = old.get("facts", about)
+    device = about["device"]
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
     usual = COMMANDS[kind] | config.own_arguments
     results = dict(old.get("results", {}))

@@ -3,8 +3,9 @@
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from benchmarks import (
     throughput,
 )
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
-from benchmarks.measure import read_json, read_result, spread, table
+from benchmarks.measure import read_json, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Memory, Started, Worker, WorkerError
 from nanogpt import perf
@@ -177,18 +178,46 @@ def test_what_others_said_is_never_a_measurement() -> None:
     assert all("off by up to" in row["note"] for row in rows if row["kind"] == "predicted")
 
 
-def test_a_measured_rate_stands_beside_the_prediction_with_its_error(tmp_path: Path) -> None:
-    measured = {
-        "benchmark": "throughput",
-        "facts": {"hardware": "NVIDIA H100 80GB HBM3"},
-        "rows": [{"tokens_per_second": 5e5}, {"error": "out of memory"}],
-    }
-    path = tmp_path / "throughput.json"
-    path.write_text("a table\n" + json.dumps(measured))
+def measured_on_an_h100(benchmark: str) -> dict[str, Any]:
+    """A result of throughput or peers with 500,000 tokens a second for GPT-2, and some that do not count."""
+    gpt2, xl = ({"model": asdict(GPT2Config.named(name))} for name in ("gpt2", "gpt2-xl"))
+    rows = [
+        {"tokens_per_second": 4e5, "work": gpt2},
+        {"tokens_per_second": 5e5, "work": gpt2},
+        {"tokens_per_second": 9e5, "work": xl},
+        {"tokens_per_second": 9e5, "work": gpt2, "ranks": 2},
+        {"error": "out of memory"},
+    ]
+    found = {"throughput": {"rows": rows}, "peers": {"work": gpt2, "contenders": {"ours": rows[1]}}}
+    return {"benchmark": benchmark, "facts": {"hardware": "NVIDIA H100 80GB HBM3"}} | found[benchmark]
+
+
+@pytest.mark.parametrize("benchmark", ["throughput", "peers"])
+def test_a_measured_rate_stands_beside_the_prediction_with_its_error(tmp_path: Path, benchmark: str) -> None:
+    measured = measured_on_an_h100(benchmark)
+    path = tmp_path / "measured.json"
+    for text in (json.dumps(measured), json.dumps({"benchmark": "report", "results": {benchmark: measured}})):
+        path.write_text("a table\n" + text)
+        rows = predict.benchmark(predict.PredictConfig(measured=path, quick=True))["rows"]
+        (row,) = [row for row in rows if row["kind"] == "measured"]
+        assert (row["machine"], row["tokens_per_second"]) == ("1x H100", 5e5)
+        assert "the model is off by +" in row["note"]
+
+
+def test_several_gpus_are_as_fast_as_one_was_less_what_the_ring_shows(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(measured_on_an_h100("throughput")))
+    # Each of 8 has 65,536 tokens, 0.131 s; the ring of 2 x 7/8 x 498 MB at 315 GB/s takes 2.8 ms of that.
     rows = predict.benchmark(predict.PredictConfig(measured=path, quick=True))["rows"]
-    (row,) = [row for row in rows if row["kind"] == "measured"]
-    assert (row["machine"], row["tokens_per_second"]) == ("1x H100", 5e5)
-    assert "the model is off by +" in row["note"]
+    own = {row["machine"]: row for row in rows if row["who"] == "ours"}
+    assert {row["kind"] for name, row in own.items() if name != "1x H100"} == {"predicted"}
+    assert own["8x H100"]["tokens_per_second"] == pytest.approx(8 * 5e5)
+    # With 1,024 tokens each a backward pass of 1.4 ms hides half of it.
+    config = predict.PredictConfig(measured=path, quick=True, batch_size=1, total_batch_size=8 * 1024)
+    own = {row["machine"]: row for row in predict.benchmark(config)["rows"] if row["who"] == "ours"}
+    compute_s, ring_s = 1024 / 5e5, 2 * 7 / 8 * 4 * 124_439_808 / (0.7 * 450e9)
+    expected = 8 * 1024 / (compute_s + ring_s - compute_s * 2 / 3)
+    assert own["8x H100"]["tokens_per_second"] == pytest.approx(expected)
 
 
 def test_a_change_within_the_noise_is_none() -> None:
@@ -249,14 +278,13 @@ def test_results_of_two_benchmarks_are_not_compared() -> None:
 
 def test_a_file_without_the_result_names_the_command_that_makes_it(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    path.write_text('{"benchmark": "data"}')
-    with pytest.raises(
-        UserError, match=r"holds no result of benchmarks\.peers; run python -m benchmarks\.peers"
-    ):
-        read_result(path, "peers")
+    path.write_text('{"benchmark": "data", "facts": {}}')
+    config = predict.PredictConfig(measured=path, quick=True)
+    with pytest.raises(UserError, match=r"json holds no result of .*; run python -m benchmarks\.throughput"):
+        predict.benchmark(config)
     path.write_text("no json")
     with pytest.raises(UserError, match=r"cannot be read as a result \(.*\); give a benchmark's output"):
-        read_result(path, "peers")
+        predict.benchmark(config)
 
 
 def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) -> None:
@@ -294,6 +322,19 @@ def test_a_report_keeps_what_it_has_when_it_is_stopped(
     results = read_json(path)["results"]
     assert results.keys() == {"throughput", "predict"}
     assert results["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
+
+
+def test_predictions_made_elsewhere_leave_the_report_that_of_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "run_benchmark", lambda name, arguments: {"arguments": arguments})
+    path, gpu = tmp_path / "gpu.json", {"device": "cuda", "bf16_fast": True}
+    report.measure(report.ReportConfig(only=("peers",)), gpu, path)
+    here = {"device": "cpu", "bf16_fast": False}
+    again = report.measure(report.ReportConfig(only=("predict",)), here, path)
+    assert again["facts"] == gpu
+    assert again["results"]["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
+    assert report.measure(report.ReportConfig(only=("peers", "predict")), here, path)["facts"] == here
 
 
 def test_a_benchmark_of_a_report_can_be_given_other_arguments() -> None:
