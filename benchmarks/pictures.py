@@ -200,4 +200,5 @@ def draw_scaling(axes: Axes, result: Result) -> None:
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlabel="tokens/s", xlim=(0, None))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
+    axes.set(xlabel="million tokens/s", xlim=(0, None))

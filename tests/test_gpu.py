@@ -15,6 +15,7 @@ from nanogpt.model import Attention, GPT2Config, init
 from nanogpt.optim import adamw, chain, clip_by_global_norm, dynamic_loss_scale
 from nanogpt.run import main
 from nanogpt.sample import generate
+from nanogpt.tracker import read_metrics
 from nanogpt.train import Precision, init_state, make_eval_step, make_train_step
 
 pytestmark = [
@@ -121,3 +122,6 @@ def test_a_run_goes_on_where_it_was(
     assert result is not None
     assert result.step == 20
     assert torch.cuda.get_device_name(0) in capsys.readouterr().out
+    steps = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if "seconds" in record]
+    assert len(steps) == 20
+    assert all(record["seconds"] > 0 for record in steps)
