@@ -102,7 +102,8 @@ def add_product(total: Float[Tensor, "P C"] | None, a: Tensor, b: Tensor) -> Flo
     else:
         write = Tensor.add_
     # A CPU's sum of two dtypes widens the product in memory first: of some rows at a time it stays in cache.
-    for rows, part in zip(total.split(PRODUCT_ROWS), a.split(PRODUCT_ROWS), strict=True):
+    rows_at_a_time = PRODUCT_ROWS if a.device.type == "cpu" else a.shape[0]
+    for rows, part in zip(total.split(rows_at_a_time), a.split(rows_at_a_time), strict=True):
         write(rows, part @ b)
     return total
 
