@@ -63,7 +63,7 @@ shakespeare: environment ## train a small character model to readable text
 	$(PYTHON) -m experiments.shakespeare
 
 test: environment ## run the tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 	@if nvidia-smi >/dev/null 2>&1; then set -x; $(PYTHON) -m pytest -m gpu; fi
 
 lint: environment ## check style, format and types

@@ -59,7 +59,7 @@ def plan_text(plan: Plan) -> str:
     kinds = [f"{kind} {format_bytes(size)}" for kind, size in memory.items() if kind != "total" and size]
     flops = perf.flops_per_token(model, spec.block_size)
     floor_s = flops * spec.total_batch_size / (plan.peak_flops * spec.process_count)
-    step_floor = f"{floor_s:.2f} s" if floor_s < 60 else format_seconds(floor_s)
+    step_floor = f"{floor_s:.3g} s" if floor_s < 60 else format_seconds(floor_s)
     rows = {
         "model": f"{perf.parameter_count(model):,} parameters: {model.n_layer} layers, {model.n_head} heads, "
         f"width {model.n_embd}, {model.block_size} positions, {model.vocab_size:,} tokens",

@@ -6,6 +6,7 @@ side by side.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -97,7 +98,7 @@ def is_killed(team: Team) -> None:
 
 
 def sleeps(team: Team) -> None:
-    steps(team, lambda: time.sleep(60), timeout_s=2)
+    steps(team, lambda: time.sleep(60), timeout_s=6)  # in which all have to meet, on a busy machine
 
 
 def has_a_bug(team: Team) -> None:
@@ -336,8 +337,9 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_after_the_timeout(
 
 
 def test_a_step_that_lasts_is_warned_of_before_the_timeout(outcomes: dict[str, list[Outcome]]) -> None:
-    warning = outcomes["sleeps"][0]["terminal"].splitlines()[0]
-    assert warning.startswith("warning: step 3 has lasted 2 s on rank 0, all ranks are in step 3; ")
+    lines = outcomes["sleeps"][0]["terminal"].splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning: ")]
+    assert re.match(r"warning: step 3 has lasted [3-6] s on rank 0, all ranks are in step 3; ", warning)
 
 
 def test_a_bug_of_one_rank_ends_all_and_its_traceback_is_in_its_log(
