@@ -1,6 +1,7 @@
 """Every command of the README runs, or says that it needs a GPU or a network."""
 
 import dataclasses
+import json
 import re
 import runpy
 import shlex
@@ -23,6 +24,7 @@ from nanogpt.config import (
 )
 from nanogpt.model import GPT2Config
 from nanogpt.run import run
+from nanogpt.units import format_bytes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -119,3 +121,33 @@ def test_the_table_of_defaults_holds():
             value = defaults[group][name.replace("-", "_")]
             expected = tuple(map(float, text.split())) if isinstance(value, tuple) else float(text)
             assert value == expected, f"--{group}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("heading", "report", "columns"),
+    [
+        (
+            "GPT-2 124M on one H100",
+            "gpu-nvidia-h100-80gb-hbm3",
+            ["{rate:,.0f}", "{mfu:.0f} %", "{ratio}", "{memory}", "{first:.0f} s"],
+        ),
+        ("GPT-2 124M on 2 CPU cores", "cpu-2-cores-amd-epyc", ["{rate:,.0f}", "{ratio}", "{memory}"]),
+    ],
+)
+def test_the_speed_tables_are_those_of_the_reports(heading: str, report: str, columns: list[str]) -> None:
+    table = README[README.index(f"| {heading} |") :].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in table]
+    results = json.loads((ROOT / f"benchmarks/reports/{report}.json").read_text())["results"]
+    expected = []
+    for name, found in results["peers"]["contenders"].items():
+        ratio = found["speedup_of_ours"]
+        numbers = {
+            "rate": found["tokens_per_second"],
+            "mfu": 100 * found["mfu"],
+            "ratio": "{median:.2f} ({low:.2f} - {high:.2f}) times as fast".format(**ratio),
+            "memory": format_bytes(found["memory"]["steps"]),
+            "first": found["started"]["first_step_s"],
+        }
+        numbers |= {"ratio": ""} if name == "ours" else {}
+        expected.append([column.format(**numbers) for column in columns])
+    assert rows == expected
