@@ -382,7 +382,7 @@ def test_every_rank_gets_the_sentence(pool: Pool, relayed: Relay) -> None:
 
 def fall_silent() -> str:
     """Rank 0 waits for a rank that computes something else."""
-    ranks = Ranks(timeout_s=1)
+    ranks = Ranks(timeout_s=5)
     sentence = "" if dist.get_rank() else refusal(lambda: ranks.agree(lambda: None), RuntimeError)
     dist.barrier()
     return sentence
@@ -390,7 +390,7 @@ def fall_silent() -> str:
 
 def test_a_rank_that_hangs_is_not_waited_for_for_ever(pool: Pool) -> None:
     assert pool.run(2, fall_silent)[0].startswith(
-        "rank 0 did not hear from all 2 ranks: one has ended, or hung for 1 s; look at the end of each "
+        "rank 0 did not hear from all 2 ranks: one has ended, or hung for 5 s; look at the end of each "
         "rank's log, and resume (gloo: "
     )
 
