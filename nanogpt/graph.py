@@ -45,7 +45,7 @@ def start_compiler() -> None:
     With an empty cache that takes some seconds. The imports are over before: two threads that import the
     same modules find them half made. From here on all graphs of a process without a GPU compute norms and
     GELUs again where their gradient is taken, instead of keeping what they wrote: 10 numbers a feature and
-    block to remember instead of 16, in the same time. A GPU would spend 3 % more on it.
+    block to remember instead of 16, in the same time. A GPU's time goes into such writes: it keeps the 16.
     """
     # With CUDA's compiler and no GPU a machine is told so at each start; the plan names the device.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -24,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests are the CPU's, with its golden numbers, where there are GPUs too; `-m gpu` runs those of GPUs."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a CUDA device, and torch sees none here; leave it out")
 
 
 _jaxtyped = jaxtyping.jaxtyped

@@ -100,8 +100,9 @@ def serve(jobs: Connection) -> None:
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
             jobs.send(job(*arguments))
-        except BaseException:  # noqa: BLE001 (whatever it is, the test shows it)
+        except BaseException:
             jobs.send(traceback.format_exc())
+            raise
         finally:
             dist.destroy_process_group()
 
@@ -109,7 +110,7 @@ def serve(jobs: Connection) -> None:
 class Pool:
     """Processes that are ranks, each of one number for ever: torch caches what depends on it.
 
-    One that has been killed is replaced.
+    One that has been killed, or ended by a job that failed, is replaced.
     """
 
     def __init__(self, folder: Path):

@@ -277,6 +277,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+# Only Linux tells what is resident now; getrusage, which all have, knows the most that ever was.
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize("order", ["in a row", "at random"])
 def test_resident_memory_stays_flat_while_a_large_file_is_read(tmp_path: Path, order: str):

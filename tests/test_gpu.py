@@ -18,10 +18,7 @@ from nanogpt.sample import generate
 from nanogpt.tracker import read_metrics
 from nanogpt.train import Precision, init_state, make_eval_step, make_train_step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SMALL = GPT2Config(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=128)

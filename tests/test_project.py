@@ -148,6 +148,7 @@ def test_kill_gpu_ends_the_callers_processes_after_a_yes(
     assert sleeper.wait(timeout=5) == -15
 
 
+# Who is not root has no other user's process but the system's own, and a script that failed would end those.
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
 def test_kill_gpu_leaves_another_users_processes_alone(fake_smi: FakeSmi) -> None:
     with subprocess.Popen([shutil.which("sleep") or "sleep", "60"], user=65534) as other:

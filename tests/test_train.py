@@ -332,6 +332,7 @@ def test_an_eval_step_sums_the_loss_of_the_targets_that_count():
     torch.testing.assert_close(summed, expected, rtol=1e-6, atol=0)  # sums in another order
 
 
+# Other builds do not look for CUDA's compiler, and with a GPU there is nothing for them to complain of.
 @pytest.mark.skipif(
     torch.cuda.is_available() or not torch.backends.cuda.is_built(), reason="only a build for CUDA would warn"
 )
