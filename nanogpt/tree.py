@@ -62,18 +62,18 @@ def put_together(like: Any, keys: list[Any] | None, values: tuple[Any, ...]) -> 
     return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
 
 
-def join(tree: Tree, params: dict[str, Any], parts: dict[str, Tree]) -> Tree:
+def join(tree: Tree, params: dict[str, Any], parts: dict[str, Tree], rest: Tree) -> Tree:
     """The structure of `tree` with values of `parts`, which `split` made of it, or of their successors.
 
-    What is no slot is taken from the last part.
+    What is no slot is taken from `rest`, which is made like a part.
     """
     is_slot = is_slot_of(params)
 
     def gather(node: Any, *cuts: Any) -> Any:
-        values = dict(zip(parts, cuts, strict=True))
+        values = dict(zip(parts, cuts[:-1], strict=True))
         return {name: values[name]["leaf"] for name in node} if is_slot(node) else cuts[-1]
 
-    return map(gather, tree, *parts.values(), is_leaf=is_slot)
+    return map(gather, tree, *parts.values(), rest, is_leaf=is_slot)
 
 
 def apart(tree: Tree, other: Tree) -> Tree:

@@ -91,7 +91,7 @@ def make_update_by_leaf(
             # A rank may have no rows of a leaf, and a graph of any size wants two elements.
             update_one = compiled if flat[0][name].numel() > 1 else update_slots
             parts[name] = update_one(factor, *part)
-        new = tree.join(flat, params, {**parts, "beside": update_leaf(factor, *beside)})
+        new = tree.join(flat, params, parts, update_leaf(factor, *beside))
         if donate:  # slots are in their old place already; a count, which all leaves have read, is not
             tree.overwrite(flat, new)
             return params, opt_state

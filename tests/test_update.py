@@ -128,7 +128,9 @@ def test_a_tree_split_and_joined_is_the_tree() -> None:
     leaf, (empty, adam, scale) = parts["b"]
     assert (empty, int(adam.count), int(scale["scale"])) == ((), 3, 2)
     assert leaf["leaf"] is adam.mu["leaf"] is adam.nu["leaf"] is params["b"]
-    joined = tree.join(whole, params, parts)
+    slots = {name: tree.only_slots(part, {"leaf": params[name]}) for name, part in parts.items()}
+    assert slots["a"][1][1].count is slots["a"][1][2]["scale"] is None
+    joined = tree.join(whole, params, slots, parts["b"])
     assert tree.diff(joined, whole) == []
     assert all(a is b for a, b in zip(tree.leaves(joined), tree.leaves(whole), strict=True))
 
