@@ -101,7 +101,7 @@ def step_of(
         reshard_after_forward=reshard_after_forward,
         precision=work.precision,
         attention=work.attention,
-        loss_chunk_tokens=chunk_tokens_of(work.device),
+        loss_chunk_tokens=chunk_tokens_of(work.device, work.precision),
         donate=True,
         compile=work.compile,
     )

@@ -88,11 +88,12 @@ def loss_parts(
     """Loss and gradients by features and head in the dtype that trains: ours in chunks, and all logits at
     once by autograd."""
     device = params["wte.weight"].device
-    dtype = DTYPES[perf.default_precision(perf.detect(device))]
+    precision = perf.default_precision(perf.detect(device))
+    dtype = DTYPES[precision]
     generator = torch.Generator(device).manual_seed(SEED)
     features = torch.randn(1, tokens, config.n_embd, device=device, generator=generator).to(dtype)
     targets = torch.randint(config.vocab_size, (1, tokens), device=device, generator=generator)
-    head, chunk_tokens = head_in(dtype, params, config), chunk_tokens_of(device.type)
+    head, chunk_tokens = head_in(dtype, params, config), chunk_tokens_of(device.type, precision)
     chunk = as_one_graph(chunk_loss_and_grads) if compile else chunk_loss_and_grads
 
     def ours(features: Tensor, head: Tensor, targets: Tensor) -> Any:

@@ -94,7 +94,7 @@ def draw_memory(axes: Axes, result: Result) -> None:
                 batch_size=work["batch_size"],
                 block_size=work["model"]["block_size"],
                 precision=work["precision"],
-                loss_chunk_tokens=chunk_tokens_of(work["device"]),
+                loss_chunk_tokens=chunk_tokens_of(work["device"], work["precision"]),
                 compile=work["compile"],
                 device_type=work["device"],
             )

@@ -234,7 +234,7 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
         batch_size=batch_size,
         block_size=model.block_size,
         precision="bfloat16",
-        loss_chunk_tokens=chunk_tokens_of("cuda"),
+        loss_chunk_tokens=chunk_tokens_of("cuda", "bfloat16"),
         device_type="cuda",
     )
     alone = {kind: size for kind, size in plan.items() if kind != "total"}

@@ -11,6 +11,8 @@ from torch import Tensor
 
 IGNORED = -100  # a target that cross-entropy leaves out
 DEFAULT_CHUNK_TOKENS = 1024
+NARROW_CHUNK_TOKENS = 2048
+"""As many bytes of 16-bit logits; a CPU's bf16 products are faster for it, see benchmarks/NOTES.md."""
 GPU_CHUNK_TOKENS = 8192
 """Twice as many take twice the memory and as long a token: measured on an H100, see benchmarks/NOTES.md."""
 PRODUCT_ROWS = 4096
@@ -20,9 +22,11 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor
 """`chunk_loss_and_grads` or that function compiled."""
 
 
-def chunk_tokens_of(device_type: str) -> int:
-    """Tokens whose logits exist at a time."""
-    return GPU_CHUNK_TOKENS if device_type == "cuda" else DEFAULT_CHUNK_TOKENS
+def chunk_tokens_of(device_type: str, precision: str) -> int:
+    """Tokens whose logits exist at a time, in a step that multiplies in `precision`."""
+    if device_type == "cuda":
+        return GPU_CHUNK_TOKENS
+    return DEFAULT_CHUNK_TOKENS if precision == "float32" else NARROW_CHUNK_TOKENS
 
 
 def next_token_loss(
@@ -118,13 +122,17 @@ def chunk_loss_and_grads(
     """Summed loss of N tokens, and the gradients of weight * loss by `row` and by the logits.
 
     Written out, since it is short: the gradient of a cross-entropy by the logits is softmax less one-hot.
-    Padded columns get a bias of minus infinity, which the product adds on its way: they take no probability,
-    and their gradient is 0. So there is no mask in the passes over the logits, and all of them go over the
-    same columns: a GPU does them in one kernel, a row at a time, which is in cache when it is read again.
+    Padded columns get a bias of minus infinity: they take no probability, and their gradient is 0. So there
+    is no mask in the passes over the logits, and all of them go over the same columns: a GPU does them in one
+    kernel, a row at a time, which is in cache when it is read again, and its product adds a bias on its way.
+    A CPU's product would first write it to every row, so there the first pass adds it.
     """
     columns = torch.arange(head.shape[0], dtype=torch.int32, device=head.device)
-    bias = torch.where(columns < vocab_size, 0.0, -math.inf).to(row.dtype)
-    logits = F.linear(row, head, bias).float()
+    bias = torch.where(columns < vocab_size, 0.0, -math.inf)
+    if row.device.type == "cpu":
+        logits = F.linear(row, head).float() + bias
+    else:
+        logits = F.linear(row, head, bias.to(row.dtype)).float()
     top = logits.amax(-1, keepdim=True)  # written out too: logsumexp's own care for infinities costs a pass
     log_total = (logits - top).exp().sum(-1, keepdim=True).log() + top
     loss = (log_total - logits.gather(1, target[:, None])).sum()

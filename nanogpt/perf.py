@@ -173,17 +173,19 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype, *, width: in
     """FLOP/s of the MLP's first product, [rows, width] x [width, 4 width]; the best of 5 timings.
 
     Rows grow from 8 until a product takes 50 ms: emulated bf16 can be 100 times slower than fp32, and what is
-    right for one would take a minute for the other. In all about 0.5 s; 1.5 s where it is emulated.
+    right for one would take a minute for the other. In all about 0.5 s; 1.5 s where it is emulated. Products
+    are written to the same memory: a CPU with fast bf16 takes as long to be given a new page as to fill it.
     """
     weight = torch.ones(width, 4 * width, device=device, dtype=dtype)
     rows, seconds = 2, 0.0
     while seconds < 0.05 and rows < 8192:
         rows *= 4
         x = torch.ones(rows, width, device=device, dtype=dtype)
-        _seconds(x, weight, repeats=1)  # pays for starting threads and loading kernels
-        seconds = _seconds(x, weight, repeats=1)
+        out = torch.empty(rows, 4 * width, device=device, dtype=dtype)
+        _seconds(x, weight, out, repeats=1)  # pays for starting threads, loading kernels and new pages
+        seconds = _seconds(x, weight, out, repeats=1)
     repeats = max(int(0.05 / seconds), 1)
-    timings = [_seconds(x, weight, repeats=repeats) for _ in range(5)]
+    timings = [_seconds(x, weight, out, repeats=repeats) for _ in range(5)]
     return repeats * 2 * rows * width * 4 * width / min(timings)
 
 
@@ -278,12 +280,12 @@ def fit_batch_size(
     )
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, *, repeats: int) -> float:
-    """Wall time of `repeats` products, the device idle before and after."""
+def _seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, repeats: int) -> float:
+    """Wall time of `repeats` products into `out`, the device idle before and after."""
     _wait_for(a.device)
     start = time.perf_counter()
     for _ in range(repeats):
-        torch.mm(a, b)
+        torch.mm(a, b, out=out)
     _wait_for(a.device)
     return time.perf_counter() - start
 

@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     @property
     def loss_chunk_tokens(self) -> int:
         """Tokens whose logits exist at a time."""
-        return chunk_tokens_of(self.hardware.device.type)
+        return chunk_tokens_of(self.hardware.device.type, self.precision)
 
     @property
     def last(self) -> int:

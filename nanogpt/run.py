@@ -299,7 +299,7 @@ def fit(
         batch_size=spec.batch_size,
         block_size=spec.block_size,
         precision=precision,
-        loss_chunk_tokens=chunk_tokens_of(hardware.device.type),
+        loss_chunk_tokens=chunk_tokens_of(hardware.device.type, precision),
         available_bytes=hardware.available_bytes,
         accumulation=spec.accumulation,
         shards=shards,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from nanogpt.loss import head_loss, head_loss_and_grads, next_token_loss
 
@@ -93,6 +94,14 @@ def test_head_loss_and_grads_equals_autograd_of_the_plain_loss(
 def test_padded_rows_of_the_head_get_no_gradient(features: Tensor, head: Tensor, targets: Tensor):
     _, _, head_grad = head_loss_and_grads(features, head, targets, vocab_size=V)
     assert head_grad[V:].count_nonzero() == 0
+
+
+def test_a_cpu_writes_no_bias_to_every_row_of_the_logits(features: Tensor, head: Tensor, targets: Tensor):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        head_loss_and_grads(features, head, targets, vocab_size=V)
+    names = [event.name for event in profiler.events()]
+    assert names.count("aten::mm") == 3  # logits, and the gradients by features and by head
+    assert "aten::addmm" not in names
 
 
 def test_scale_multiplies_the_gradients_and_not_the_loss(features: Tensor, head: Tensor, targets: Tensor):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from nanogpt import perf
 from nanogpt.errors import UserError
@@ -123,6 +124,15 @@ def test_measuring_ends_soon_even_where_bf16_is_emulated():
     rate = perf.measured_matmul_flops(CPU, torch.bfloat16)
     assert rate > 0
     assert time.perf_counter() - start < 10  # 1.5 s alone; this machine may be busy
+
+
+def test_a_measured_product_gets_no_new_memory():
+    # 50 MB of new pages took as long as the product: the peak came out at half of what the CPU does.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        perf.measured_matmul_flops(CPU, torch.float32, width=64)
+    products = [event for event in profiler.events() if event.name == "aten::mm"]
+    assert len(products) >= 7  # one that warms up, one that is looked at, five timings
+    assert sum(event.self_cpu_memory_usage for event in products) == 0
 
 
 def test_the_plan_of_a_tiny_model_adds_up_by_hand():
