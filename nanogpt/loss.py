@@ -122,19 +122,20 @@ def chunk_loss_and_grads(
     """Summed loss of N tokens, and the gradients of weight * loss by `row` and by the logits.
 
     Written out, since it is short: the gradient of a cross-entropy by the logits is softmax less one-hot.
-    Padded columns get a bias of minus infinity: they take no probability, and their gradient is 0. So there
-    is no mask in the passes over the logits, and all of them go over the same columns: a GPU does them in one
-    kernel, a row at a time, which is in cache when it is read again, and its product adds a bias on its way.
-    A CPU's product would first write it to every row, so there the first pass adds it.
+    Padded columns take no probability, and their gradient is 0. A GPU's product adds a bias of minus infinity
+    to them on its way, so that all passes go over the same columns: they are one kernel, a row at a time,
+    which is in cache when it is read again. A CPU's product would first write the bias to every row, so there
+    the sums leave these columns out and the gradient masks them.
     """
     columns = torch.arange(head.shape[0], dtype=torch.int32, device=head.device)
-    bias = torch.where(columns < vocab_size, 0.0, -math.inf)
     if row.device.type == "cpu":
-        logits = F.linear(row, head).float() + bias
+        logits = F.linear(row, head).float()
+        words, weight = logits[:, :vocab_size], torch.where(columns < vocab_size, weight, 0.0)
     else:
-        logits = F.linear(row, head, bias.to(row.dtype)).float()
-    top = logits.amax(-1, keepdim=True)  # written out too: logsumexp's own care for infinities costs a pass
-    log_total = (logits - top).exp().sum(-1, keepdim=True).log() + top
+        bias = torch.where(columns < vocab_size, 0.0, -math.inf).to(row.dtype)
+        words = logits = F.linear(row, head, bias).float()
+    top = words.amax(-1, keepdim=True)  # written out too: logsumexp's own care for infinities costs a pass
+    log_total = (words - top).exp().sum(-1, keepdim=True).log() + top
     loss = (log_total - logits.gather(1, target[:, None])).sum()
     one_hot = (columns == target[:, None].int()).float()
     logits_grad = (((logits - log_total).exp() - one_hot) * weight).to(row.dtype)
