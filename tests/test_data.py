@@ -32,6 +32,7 @@ from nanogpt.data import (
 from nanogpt.errors import UserError
 
 CPU = torch.device("cpu")
+STATM = Path("/proc/self/statm")
 T = 4
 
 
@@ -274,11 +275,10 @@ def test_a_file_that_cannot_be_mapped_is_read_with_pread(token_file: Path, monke
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
 
 
-# Only Linux tells what is resident now; getrusage, which all have, knows the most that ever was.
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(not STATM.exists(), reason="no /proc")  # getrusage, which all have, never goes down again
 @pytest.mark.parametrize("order", ["in a row", "at random"])
 def test_resident_memory_stays_flat_while_a_large_file_is_read(tmp_path: Path, order: str):
     path, size, windows = tmp_path / "train.bin", 300 << 20, 10_000

@@ -1,5 +1,6 @@
 """The Makefile's targets and the lock: what a newcomer types first."""
 
+import io
 import os
 import re
 import shutil
@@ -148,14 +149,19 @@ def test_kill_gpu_ends_the_callers_processes_after_a_yes(
     assert sleeper.wait(timeout=5) == -15
 
 
-# Who is not root has no other user's process but the system's own, and a script that failed would end those.
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
-def test_kill_gpu_leaves_another_users_processes_alone(fake_smi: FakeSmi) -> None:
-    with subprocess.Popen([shutil.which("sleep") or "sleep", "60"], user=65534) as other:
-        result = make("kill-gpu", environment=fake_smi(gpus=1, processes={other.pid: "python"}), stdin="y\n")
-        assert other.poll() is None
-        other.kill()
-    assert result.stdout == "No GPU process of yours is running.\n"
+def test_kill_gpu_leaves_another_users_processes_alone(
+    fake_smi: FakeSmi,
+    sleeper: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", fake_smi(gpus=1, processes={sleeper.pid: "python"})["PATH"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    caller = os.getuid() + 1  # only root can start another user's process; anybody can be another caller
+    monkeypatch.setattr(os, "getuid", lambda: caller)
+    gpus.kill()
+    assert capsys.readouterr().out == "No GPU process of yours is running.\n"
+    assert sleeper.poll() is None
 
 
 def test_ddp_train_says_that_there_is_no_gpu(no_gpu: dict[str, str]) -> None:
