@@ -1,14 +1,13 @@
 """torch.compile as this project uses it: one graph a function, counted by itself."""
 
-import contextlib
 import functools
 import importlib
 import logging
-import subprocess
-import threading
+import os
 import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -58,12 +57,25 @@ def start_compiler() -> None:
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     # A softmax over few rows is shared out among more threads instead, which is no news to its user.
     warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled", category=UserWarning)
-    pick_vec_isa = importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa
-
-    def look() -> None:
-        # Where there is no compiler, or a broken one, the first graph says so.
-        with contextlib.suppress(RuntimeError, OSError, subprocess.SubprocessError):
-            pick_vec_isa()
-
     if not torch.cuda.is_available():
-        threading.Thread(target=look, daemon=True).start()
+        look_beside()
+
+
+def look_beside() -> None:
+    """Has the C++ compiler tried in a thread of its own, once: whoever asks for the result waits for it.
+
+    Two looks at a time would both change PyTorch's flags for the compiler, and what is compiled with flags
+    that no other process uses is compiled again at the next start. Where the compiler is missing or broken,
+    the first graph gets the error.
+    """
+    isa: Any = importlib.import_module("torch._inductor.cpu_vec_isa")
+    everything, sets = isa.valid_vec_isa_list, isa.supported_vec_isa_list
+
+    def look() -> list[Any]:
+        has = set(isa.x86_isa_checker())  # its names of what an x86 has; of any other processor none
+        if not has or "ATEN_CPU_CAPABILITY" in os.environ:
+            return everything()
+        # PyTorch tries every set of instructions, up to eleven programs, and takes the first that works.
+        return next(([one] for one in sets if has.issuperset(str(one).split()) and one), [])
+
+    isa.valid_vec_isa_list = ThreadPoolExecutor(max_workers=1).submit(look).result

@@ -1,0 +1,83 @@
+"""The C++ compiler is tried once, with as few programs as will do, whoever asks and however many ask."""
+
+import importlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from nanogpt.graph import look_beside
+
+X86 = ["avx2", "avx512", "avx512_vnni", "amx_tile"]
+
+
+class Instructions:
+    """A set of instructions that takes a moment to be tried."""
+
+    def __init__(self, name: str, *, works: bool, tried: list[str]) -> None:
+        self.name, self.works, self.tried = name, works, tried
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __bool__(self) -> bool:
+        self.tried.append(self.name)
+        time.sleep(0.05)
+        return self.works
+
+
+@pytest.fixture
+def isa(monkeypatch: pytest.MonkeyPatch) -> Any:
+    isa = importlib.import_module("torch._inductor.cpu_vec_isa")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(isa, "x86_isa_checker", lambda: X86)
+    monkeypatch.setattr(isa, "valid_vec_isa_list", lambda: ["PyTorch's own"])
+    return isa
+
+
+def test_the_first_instructions_that_work_are_tried_and_no_others_and_by_one_thread(
+    isa: Any, monkeypatch: pytest.MonkeyPatch
+):
+    tried: list[str] = []
+    names = {
+        "asimd": True,
+        "avx512 avx512_vnni amx_tile": False,
+        "avx512 avx512_vnni": True,
+        "avx512": True,
+        "avx2": True,
+    }
+    sets = [Instructions(name, works=works, tried=tried) for name, works in names.items()]
+    monkeypatch.setattr(isa, "supported_vec_isa_list", sets)
+    look_beside()
+    together = threading.Barrier(3)
+
+    def ask(_: int) -> str:
+        together.wait(timeout=10)
+        return str(isa.pick_vec_isa())
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(ask, range(3))) == ["avx512 avx512_vnni"] * 3
+    assert tried == ["avx512 avx512_vnni amx_tile", "avx512 avx512_vnni"]
+
+
+@pytest.mark.parametrize(("has", "capability"), [([], None), (X86, "avx2")])
+def test_another_processor_and_a_wish_are_left_to_pytorch(
+    has: list[str], capability: str | None, isa: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(isa, "x86_isa_checker", lambda: has)
+    if capability:
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    look_beside()
+    assert isa.valid_vec_isa_list() == ["PyTorch's own"]
+
+
+def test_who_asks_gets_the_error_of_a_compiler_that_is_not_there(isa: Any, monkeypatch: pytest.MonkeyPatch):
+    def missing() -> list[str]:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(isa, "x86_isa_checker", missing)
+    look_beside()
+    with pytest.raises(RuntimeError, match="no C"):
+        isa.pick_vec_isa()
