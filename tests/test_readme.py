@@ -155,3 +155,28 @@ def test_the_speed_tables_are_those_of_the_reports(heading: str, report: str, co
         numbers |= {"ratio": ""} if name == "ours" else {}
         expected.append([column.format(**numbers) for column in columns])
     assert rows == expected
+
+
+def test_the_figures_in_the_text_are_those_of_the_report():
+    report = ROOT / "benchmarks/reports/cpu-2-cores-intel-r-xeon-r-processor.json"
+    results = json.loads(report.read_text())["results"]
+    starts = next(row["starts"] for row in results["throughput"]["rows"] if row["starts"])
+    rates = {
+        (row["engine"], row["workers"]): {
+            name: found["median"] for name, found in row["tokens_per_second"].items()
+        }
+        for row in results["prepare"]["rows"]
+    }
+    tiktoken = [found for (engine, _), found in rates.items() if engine == "tiktoken"]
+    share = min(found[source] / found["bare"] for found in tiktoken for source in ("json", "parquet"))
+    fast = min(rates["fastokens", 2][source] for source in ("json", "parquet"))
+    read = results["data"]["readers"]["mapped"]["tokens_per_second"]
+    text = " ".join(README.split())
+    for phrase in (
+        f"the first step is done {starts['cold_s']:.0f} seconds after torch is imported",
+        f"finds the graphs in PyTorch's cache, after {starts['warm_s']:.0f}.",
+        f"A token file is read at {read / 1e6:.0f} million tokens a second",
+        f"made at {100 * share:.0f} % of the speed of tiktoken",
+        f"(`nanogpt[fast]`), at {fast / 1e6:.0f} million tokens a second",
+    ):
+        assert phrase in text
