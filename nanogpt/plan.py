@@ -8,7 +8,7 @@ from nanogpt.data import BatchSpec, window_count
 from nanogpt.dataset import Dataset
 from nanogpt.loss import chunk_tokens_of
 from nanogpt.train import Precision
-from nanogpt.units import format_bytes, format_count, format_seconds
+from nanogpt.units import format_bytes, format_seconds
 
 
 class Plan(NamedTuple):
@@ -73,7 +73,7 @@ def plan_text(plan: Plan) -> str:
         f"{max_steps / epoch_steps:,.2f} epochs",
         "memory": f"{format_bytes(memory['total'])} planned of {format_bytes(hardware.available_bytes)} "
         f"free: {', '.join(kinds)}",
-        "compute": f"{format_count(flops)}FLOP a token; a step is at least {step_floor} and the "
+        "compute": f"{flops / 1e9:.3g} GFLOP a token; a step is at least {step_floor} and the "
         f"run {format_seconds(floor_s * max(plan.last - plan.start, 0))} at {plan.peak_flops / 1e12:.3g} "
         f"TFLOP/s ({plan.peak_source})",
         "files": f"{config.run_dir}/: config.json, metrics.jsonl, loss.png, checkpoints/",
