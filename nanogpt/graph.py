@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 import os
+import signal
 import types
 import warnings
 from collections.abc import Callable
@@ -57,8 +58,23 @@ def start_compiler() -> None:
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     # A softmax over few rows is shared out among more threads instead, which is no news to its user.
     warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled", category=UserWarning)
+    compiling: Any = importlib.import_module("torch._inductor.async_compile")
+    pool = compiling_threads(compiling.get_compile_threads())
+    compiling.AsyncCompile.pool = staticmethod(lambda: pool)
     if not torch.cuda.is_available():
         look_beside()
+
+
+def compiling_threads(count: int) -> ThreadPoolExecutor:
+    """Threads that start C++ compilers, which a Ctrl-C or the end of a terminal does not reach.
+
+    It goes to all processes of a terminal, and a compiler inherits what its thread blocks: the run finishes
+    its step and saves, instead of ending with a compiler that was killed.
+    """
+    shielded = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    return ThreadPoolExecutor(
+        count, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, shielded)
+    )
 
 
 def look_beside() -> None:
@@ -78,4 +94,4 @@ def look_beside() -> None:
         # PyTorch tries every set of instructions, up to eleven programs, and takes the first that works.
         return next(([one] for one in sets if has.issuperset(str(one).split()) and one), [])
 
-    isa.valid_vec_isa_list = ThreadPoolExecutor(max_workers=1).submit(look).result
+    isa.valid_vec_isa_list = compiling_threads(1).submit(look).result

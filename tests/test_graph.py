@@ -1,6 +1,8 @@
-"""The C++ compiler is tried once, with as few programs as will do, whoever asks and however many ask."""
+"""The C++ compiler is tried once, with as few programs as will do, whoever asks; no Ctrl-C ends it."""
 
 import importlib
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nanogpt.graph import look_beside
+from nanogpt.graph import look_beside, start_compiler
 
 X86 = ["avx2", "avx512", "avx512_vnni", "amx_tile"]
 
@@ -81,3 +83,18 @@ def test_who_asks_gets_the_error_of_a_compiler_that_is_not_there(isa: Any, monke
     look_beside()
     with pytest.raises(RuntimeError, match="no C"):
         isa.pick_vec_isa()
+
+
+def test_a_signal_of_the_terminal_does_not_reach_a_compiler():
+    program = """
+import os, signal
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    os.kill(os.getpid(), number)
+print("compiled")
+"""
+    start_compiler()
+    pool = importlib.import_module("torch._inductor.async_compile").AsyncCompile.pool()
+    compiler = pool.submit(
+        subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert compiler.result().stdout == "compiled\n"
