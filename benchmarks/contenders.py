@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.plain import plain_gpt2
 from nanogpt import optim
+from nanogpt.attention import Attention
 from nanogpt.data import Batch
 from nanogpt.loss import chunk_tokens_of
-from nanogpt.model import Attention, GPT2Config, init
+from nanogpt.model import GPT2Config, init
 from nanogpt.run import keep_freed_memory
 from nanogpt.train import DTYPES, Precision, TrainState, init_state, make_train_step
 

@@ -22,6 +22,7 @@ from benchmarks.contenders import CONTENDERS, SEED, Work, batches_of, make_optim
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
 from benchmarks.worker import WARMUP_STEPS, Worker, WorkerError, peak_bytes, reset_peak
 from nanogpt import perf, sharding
+from nanogpt.attention import Attention
 from nanogpt.errors import UserError
 from nanogpt.meeting import World, world
 from nanogpt.model import GPT2Config
@@ -61,7 +62,7 @@ class ThroughputConfig:
     """Microsteps in a step, at least 1."""
     precision: tuple[Literal["auto", "bfloat16", "float16", "float32"], ...] = ("auto",)
     """What is multiplied in; auto takes the fastest that trains on this device."""
-    attention: tuple[Literal["auto", "flash", "cudnn", "efficient", "math"], ...] = ("auto",)
+    attention: tuple[Attention, ...] = ("auto",)
     """Attention kernels."""
     compile: tuple[bool, ...] = (True,)
     """Compiled, eager, or both."""

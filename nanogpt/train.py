@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nanogpt import sharding, tree
+from nanogpt.attention import Attention, in_a_graph
 from nanogpt.data import Batch
 from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
 from nanogpt.loss import DEFAULT_CHUNK_TOKENS, HeadLoss, chunk_loss, chunk_loss_and_grads, head_loss
 from nanogpt.model import (
-    Attention,
     GPT2Config,
     Params,
     apply_block,
@@ -200,7 +200,8 @@ def make_loss(
     dtype, _ = DTYPES[precision], config.skeleton
 
     def block(params: Params, x: Tensor, key: Tensor | None) -> Tensor:
-        return apply_block(cast(params, dtype), x, config, dropout_key=key, attention=attention)
+        kernel = in_a_graph(attention, x) if compile else attention
+        return apply_block(cast(params, dtype), x, config, dropout_key=key, attention=kernel)
 
     chunk = chunk_loss_and_grads
     if compile:
@@ -285,7 +286,8 @@ def make_eval_step(
     dtype, _ = DTYPES[precision], config.skeleton
 
     def block(params: Params, x: Tensor) -> Tensor:
-        return apply_block(cast(params, dtype), x, config, attention=attention)
+        kernel = in_a_graph(attention, x) if compile else attention
+        return apply_block(cast(params, dtype), x, config, attention=kernel)
 
     chunk = chunk_loss
     if compile:

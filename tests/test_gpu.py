@@ -8,10 +8,11 @@ from tiny_run import arguments, write_tokens
 
 from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt import perf, tree
+from nanogpt.attention import Attention
 from nanogpt.checkpoint import Checkpointer
 from nanogpt.data import Batch, prefetch
 from nanogpt.loss import GPU_CHUNK_TOKENS
-from nanogpt.model import Attention, GPT2Config, init
+from nanogpt.model import GPT2Config, init
 from nanogpt.optim import adamw, chain, clip_by_global_norm, dynamic_loss_scale
 from nanogpt.run import main
 from nanogpt.sample import generate
