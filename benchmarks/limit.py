@@ -30,9 +30,11 @@ CUDA_CALLS = 20  # a launch and a wait for it take as long as a small product
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 
 GROUPS = {
-    # The last two go with cuDNN's backward pass.
-    "attention": r"attention|flash|fmha|cudnn.*sdpa|softmax_backward.*attn|compute_dot_do_o|convert_dq",
-    "matmul": r"^aten::(mm|addmm|bmm|baddbmm)|gemm|xmma|cutlass|nvjet|splitk|linear|mkldnn|matmul",
+    # Batched products and a softmax by itself are attention where it is not one kernel; the last two go with
+    # cuDNN's backward pass.
+    "attention": r"attention|by_products|^aten::(bmm|baddbmm|_softmax)|flash|fmha|cudnn.*sdpa"
+    r"|softmax_backward.*attn|compute_dot_do_o|convert_dq",
+    "matmul": r"^aten::(mm|addmm)|gemm|xmma|cutlass|nvjet|splitk|linear|mkldnn|matmul",
     "loss": r"softmax|nll|cross_entropy",
     "optimizer": r"adam|_foreach|sqrt|addcdiv|addcmul|norm\b|lpnorm|fused.*pow",
     "copies": r"copy|memcpy|memset|\bcat|clone|contiguous|zero_|fill_|aten::to$",
