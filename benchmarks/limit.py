@@ -41,7 +41,7 @@ GROUPS = {
 }
 """Names of operators and kernels by what they do; the first that fits. What fits none is elementwise work."""
 FUSED = re.compile(r"(cpp|triton)_.*fused_")
-FUSED_GROUPS = {"loss": r"logsumexp|softmax|nll", "optimizer": r"lerp"}
+FUSED_GROUPS = {"loss": r"logsumexp|softmax|nll|gather", "optimizer": r"lerp"}
 """The same for kernels that Inductor has fused: a copy in such a name is a cast on the way, AdamW's means are
 lerps. What fits none is elementwise work of blocks: norms, GELU, residuals."""
 AROUND = re.compile(r"Torch-Compiled|CompiledFunction|CompiledFxGraph|## Call|AOTDispatcher|TorchDynamo")

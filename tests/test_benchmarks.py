@@ -145,6 +145,7 @@ def test_products_are_six_flops_for_each_weight_and_token() -> None:
         ("graph_0_cpp_fused__to_copy_add_native_layer_norm_2", "elementwise"),
         ("graph_2_cpp_fused_add_clone_div_lerp_mul_sqrt_0", "optimizer"),
         ("triton_red_fused_logsumexp_masked_fill_1", "loss"),
+        ("graph_1_cpp_fused__to_copy_add_amax_arange_eq_exp_gather_log_lt_mul_0", "loss"),
         ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_bias_NNN", "matmul"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "matmul"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
