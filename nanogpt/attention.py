@@ -83,7 +83,7 @@ def attention_by_products(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor) -> Tensor
 def gradients_by_products(
     grad_NTD: Tensor, q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attention_by_products` by queries, keys and values, `grad_NTD` being that by it."""
+    """The gradients by queries, keys and values, from `grad_NTD`, that by what they were made into."""
     dq_NTD, dk_NTD, dv_NTD = (torch.empty_like(part) for part in (q_NTD, k_NTD, v_NTD))
     for heads, rows, keys, (scores, p, dp) in tiles(q_NTD, 3):
         # A product of a slice would copy it, and its transpose slowly.

@@ -222,6 +222,13 @@ def test_a_fresh_model_is_as_unsure_as_its_vocabulary_is_large():
 # Attention
 
 
+@pytest.mark.parametrize("attention", ["math", "flash", "products"])
+def test_the_network_is_the_same_with_each_attention(attention: str):
+    params, (inputs, _) = random_params(SMALL, spread=0.1), random_text(SMALL, rows=2, columns=16)
+    auto, other = (apply(params, inputs, SMALL, attention=choice) for choice in ("auto", attention))
+    torch.testing.assert_close(auto, other, rtol=1e-5, atol=1e-5)  # fp32 rounding through three blocks
+
+
 def test_a_linear_map_in_a_graph_adds_its_bias_in_fp32():
     """On a CPU in half precision the product and the sum are rounded, the bias and its gradient are not."""
     dtype, generator = torch.bfloat16, torch.Generator().manual_seed(0)

@@ -159,9 +159,8 @@ def test_the_speed_tables_are_those_of_the_reports(heading: str, report: str, co
 
 def peers_of(report: str) -> dict[str, str]:
     """Our tokens a second in a report, and how many times as fast as the plain module that is."""
-    found = json.loads((ROOT / f"benchmarks/reports/{report}.json").read_text())["results"]["peers"][
-        "contenders"
-    ]
+    results = json.loads((ROOT / f"benchmarks/reports/{report}.json").read_text())["results"]
+    found = results["peers"]["contenders"]
     ratio = "{median:.2f} ({low:.2f} - {high:.2f})".format(**found["plain"]["speedup_of_ours"])
     return {"rate": f"{found['ours']['tokens_per_second']:.0f}", "ratio": ratio}
 
