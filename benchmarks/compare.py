@@ -19,7 +19,7 @@ from nanogpt.errors import UserError
 
 SMALLEST_CHANGE = 0.02
 FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
-HIGHER_IS_BETTER = ("tokens_per_second", "speedup")
+HIGHER_IS_BETTER = ("tokens_per_second", "speedup", "share_of_product")
 MEMORY_KEYS = ("steps", "peak_growth_bytes")
 
 

@@ -2,11 +2,14 @@
 
 Each contender lives in a process of its own and they take turns, one step each (eight on CUDA), so that
 whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn. MFU is of the peak
-of perf.peak_flops; where that is measured, of the best one measured before and between the turns.
+of perf.peak_flops; where that is measured, of the best one measured before and between the turns. That is the
+rate of the best moment, and a step lasts for many: on a CPU a bare matrix product takes turns too, for as
+many FLOPs as a step has, and a contender's rate is also given as a share of the product's in the same turn.
 """
 
 import contextlib
 import importlib.metadata
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,11 +22,15 @@ from benchmarks.worker import Memory, Started, Worker
 from nanogpt import perf
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
+from nanogpt.train import DTYPES
 from nanogpt.units import format_bytes
 
 QUICK = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 EQUAL_WORK = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 2e-2}
 """How far losses after the same steps may lie apart; in fp32, what padded columns take of the softmax."""
+PRODUCT = "a bare product"
+PRODUCT_SHAPE = (8192, 768, 4 * 768)  # of perf.measured_matmul_flops
+PRODUCT_LIMIT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +100,8 @@ def compare(config: PeersConfig) -> dict[str, Any]:
     hardware = perf.detect(torch.device(work.device))
     peak, source = perf.peak_flops(hardware, work.precision)
     with contextlib.ExitStack() as stack:
-        workers, starts, times = {}, {}, {name: [] for name in names}
+        workers, starts, times, rates = {}, {}, {name: [] for name in names}, []
+        entrants = [*names, PRODUCT] if work.device == "cpu" else names
         for name in names:
             workers[name] = stack.enter_context(Worker(name, work))
             starts[name] = workers[name].start()
@@ -101,10 +109,15 @@ def compare(config: PeersConfig) -> dict[str, Any]:
         losses = {}
         for turn in range(config.turns):
             # Whoever comes first changes with the turn, so that nobody always follows the same one.
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for name in entrants[turn % len(entrants) :] + entrants[: turn % len(entrants)]:
+                if name == PRODUCT:
+                    rates.append(product_rate(work))
+                    continue
                 seconds, losses[name] = workers[name].turn(steps)
                 times[name].append(spread(seconds).median)
-            say(f"turn {turn + 1}: " + ", ".join(f"{name} {times[name][-1]:.3f} s" for name in names))
+            said = [f"{name} {times[name][-1]:.3f} s" for name in names]
+            said += [f"{PRODUCT} {rate / 1e9:.0f} GFLOP/s" for rate in rates[-1:]]
+            say(f"turn {turn + 1}: {', '.join(said)}")
             peak = max(peak, perf.peak_flops(hardware, work.precision)[0])
         memory = {name: worker.memory() for name, worker in workers.items()}
     check_equal_work(losses, work)
@@ -116,13 +129,35 @@ def compare(config: PeersConfig) -> dict[str, Any]:
         "steps_in_a_turn": steps,
         "peak_flops": peak,
         "peak_source": source,
+        "product_flops_per_second": rates,
         "contenders": {
             name: contender_result(
-                work, peak, times[name], times["ours"], losses[name], starts[name], memory[name]
+                work, peak, rates, times[name], times["ours"], losses[name], starts[name], memory[name]
             )
             for name in names
         },
     }
+
+
+def product_rate(work: Work) -> float:
+    """FLOP/s of one product after the other, as many FLOPs as a step has.
+
+    They stop after 30 s: some CPUs emulate a precision slowly.
+    """
+    (m, k, n), dtype = PRODUCT_SHAPE, DTYPES[work.precision]
+    x, weight = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
+    out = x @ weight  # its threads have started then, and its pages are there
+    flops = 2 * m * k * n
+    begin, done = time.perf_counter(), 0
+    while done < step_flops(work) and time.perf_counter() - begin < PRODUCT_LIMIT_S:
+        torch.mm(x, weight, out=out)
+        done += flops
+    return done / (time.perf_counter() - begin)
+
+
+def step_flops(work: Work) -> float:
+    """Of a whole step, as MFU counts them."""
+    return work.tokens * perf.flops_per_token(work.model, work.model.block_size)
 
 
 def version_of(package: str) -> str | None:
@@ -145,18 +180,22 @@ def check_equal_work(losses: dict[str, float], work: Work) -> None:
 def contender_result(
     work: Work,
     peak: float,
+    product_rates: list[float],
     seconds: list[float],
     our_seconds: list[float],
     loss: float,
     start: Started,
     memory: Memory,
 ) -> dict[str, Any]:
-    """One contender's numbers; `speedup_of_ours` is its time over ours in the same turn."""
-    step = spread(seconds)
-    rate = work.tokens / step.median
+    """One contender's numbers; `speedup_of_ours` is its time over ours in the same turn, `share_of_product`
+    its FLOP/s over those of a bare product in the same turn, where there was one."""
+    step, flops = spread(seconds), step_flops(work)
+    pairs = zip(seconds, product_rates, strict=bool(product_rates))
+    shares = [flops / taken / rate for taken, rate in pairs]
     return {
-        "tokens_per_second": rate,
-        "mfu": rate * perf.flops_per_token(work.model, work.model.block_size) / peak,
+        "tokens_per_second": work.tokens / step.median,
+        "mfu": flops / step.median / peak,
+        "share_of_product": spread(shares)._asdict() if shares else None,
         "step_s": step._asdict(),
         "seconds": seconds,
         "speedup_of_ours": spread(a / b for a, b in zip(seconds, our_seconds, strict=True))._asdict(),
@@ -168,14 +207,15 @@ def contender_result(
 
 def table_of(result: dict[str, Any]) -> str:
     """The result as people read it."""
-    rows = []
+    rows, has_shares = [], bool(result.get("product_flops_per_second"))
     for name, row in result["contenders"].items():
-        step, ratio = row["step_s"], row["speedup_of_ours"]
+        step, ratio, share = row["step_s"], row["speedup_of_ours"], row.get("share_of_product")
         rows.append(
             [
                 name,
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['mfu']:.1%}",
+                *(["{median:.1%} ({low:.1%} - {high:.1%})".format(**share)] if share else []),
                 f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})",
                 f"{ratio['median']:.3f} ({ratio['low']:.3f} - {ratio['high']:.3f})",
                 format_bytes(row["memory"]["steps"]),
@@ -184,9 +224,16 @@ def table_of(result: dict[str, Any]) -> str:
                 f"{row['loss']:.4f}",
             ]
         )
-    header = ["contender", "tokens/s", "MFU", "step s: median (min - max)"]
+    header = ["contender", "tokens/s", "MFU", *(["of a bare product (quartiles)"] if has_shares else [])]
+    header += ["step s: median (min - max)"]
     header += ["ours is x times as fast (quartiles)", "peak, steps", "peak, whole", "first step s", "loss"]
     notes = [f"MFU is of {result['peak_flops'] / 1e12:.4g} TFLOP/s, {result['peak_source']}"]
+    if has_shares:
+        rates = spread(rate / 1e9 for rate in result["product_flops_per_second"])
+        notes.append(
+            f"a bare product did {rates.median:,.0f} ({rates.min:,.0f} - {rates.max:,.0f}) GFLOP/s in its "
+            "turns, of as many FLOPs as a step; a contender's share is of the same turn"
+        )
     if result["work"]["device"] == "cpu":
         all_keep = result["work"].get("all_keep_memory")
         keeping = "everybody keeps" if all_keep else "ours keeps"

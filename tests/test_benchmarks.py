@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,28 @@ def test_a_contender_follows_ours_step_by_step(name: str, monkeypatch: pytest.Mo
 
 def test_a_ratio_is_of_the_same_turn_and_mfu_of_the_peak() -> None:
     started, memory = Started(0.0, 1.0, 1), Memory(2, 3)
-    row = peers.contender_result(WORK, 1e9, [3.0, 6.0, 9.0], [1.0, 3.0, 3.0], 5.0, started, memory)
+    flops = WORK.tokens * perf.flops_per_token(TINY, 16)
+    rates, seconds = [flops / 3.0, flops / 3.0, flops / 6.0], [3.0, 6.0, 9.0]
+    row = peers.contender_result(WORK, 1e9, rates, seconds, [1.0, 3.0, 3.0], 5.0, started, memory)
     assert row["speedup_of_ours"]["median"] == 3.0
     assert row["tokens_per_second"] == WORK.tokens / 6.0
-    assert row["mfu"] == pytest.approx(WORK.tokens / 6.0 * perf.flops_per_token(TINY, 16) / 1e9)
+    assert row["mfu"] == pytest.approx(flops / 6.0 / 1e9)
+    share = row["share_of_product"]  # a product of as many FLOPs took 3, 3 and 6 seconds in these turns
+    assert (share["min"], share["median"], share["max"]) == pytest.approx((0.5, 2 / 3, 1.0))
+    row = peers.contender_result(WORK, 1e9, [], seconds, seconds, 5.0, started, memory)
+    assert row["share_of_product"] is None
+
+
+def test_a_bare_product_does_as_many_flops_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr(peers, "PRODUCT_SHAPE", (4, 2, 3))
+    monkeypatch.setattr(peers, "step_flops", lambda work: 4 * 48)
+    monkeypatch.setattr(torch, "mm", lambda *factors, out: done.append(out))
+    clock = iter(range(100))
+    monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    rate = peers.product_rate(WORK)
+    assert len(done) == 4
+    assert rate == 4 * 48 / 5.0  # the clock was asked before, after each of the four, and at the end
 
 
 def test_the_floor_adds_up_by_hand() -> None:
