@@ -134,7 +134,7 @@ def test_the_table_of_defaults_holds():
         (
             "GPT-2 124M on 2 CPU cores",
             "cpu-2-cores-amd-epyc-bf16",
-            ["{rate:,.0f}", "{mfu:.0f} %", "{ratio}", "{memory}"],
+            ["{rate:,.0f}", "{mfu:.0f} %", "{share}", "{ratio}", "{memory}"],
         ),
     ],
 )
@@ -144,7 +144,7 @@ def test_the_speed_tables_are_those_of_the_reports(heading: str, report: str, co
     results = json.loads((ROOT / f"benchmarks/reports/{report}.json").read_text())["results"]
     expected = []
     for name, found in results["peers"]["contenders"].items():
-        ratio = found["speedup_of_ours"]
+        ratio, share = found["speedup_of_ours"], found.get("share_of_product")
         numbers = {
             "rate": found["tokens_per_second"],
             "mfu": 100 * found["mfu"],
@@ -153,6 +153,9 @@ def test_the_speed_tables_are_those_of_the_reports(heading: str, report: str, co
             "first": found["started"]["first_step_s"],
         }
         numbers |= {"ratio": ""} if name == "ours" else {}
+        if share:
+            median, low, high = (100 * share[key] for key in ("median", "low", "high"))
+            numbers |= {"share": f"{median:.1f} % ({low:.1f} - {high:.1f})"}
         expected.append([column.format(**numbers) for column in columns])
     assert rows == expected
 
@@ -180,8 +183,10 @@ def test_the_figures_in_the_text_are_those_of_the_report():
     fast = min(rates["fastokens", 2][source] for source in ("json", "parquet"))
     read = results["data"]["readers"]["mapped"]["tokens_per_second"]
     text = " ".join(README.split())
+    step = results["peers"]["contenders"]["ours"]["step_s"]
     xeon, zen3 = (peers_of(name) for name in ("cpu-2-cores-intel-r-xeon-r-processor", "cpu-2-cores-amd-epyc"))
     for phrase in (
+        f"our steps took {step['min']:.1f} to {step['max']:.1f} s.",
         f"a step was {xeon['ratio']} times as fast as the plain module's, at {xeon['rate']} tokens/s",
         f"(`benchmarks/reports/cpu-2-cores-amd-epyc.md`) {zen3['ratio']} times, at {zen3['rate']}.",
         f"the first step is done {starts['cold_s']:.0f} seconds after torch is imported",
