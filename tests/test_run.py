@@ -1,5 +1,6 @@
 """A run as its user meets it: flags in, files and lines out, and a sentence for each mistake."""
 
+import ctypes
 import fcntl
 import json
 import math
@@ -659,3 +660,32 @@ def test_a_mistake_ends_with_2_one_line_on_stderr_and_nothing_on_stdout(tmp_path
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: no data folder at nowhere; .*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+FILLS = """
+import resource, sys
+import torch
+from nanogpt.run import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+
+def fill():
+    return [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(4)]
+
+for _ in range(10):  # the C library's search for a place has settled by then
+    fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="a C library without mallopt")
+def test_freed_memory_is_kept_for_what_is_asked_for_next() -> None:
+    def faults(memory: str) -> int:
+        command = [sys.executable, "-c", FILLS, memory]
+        return int(subprocess.run(command, capture_output=True, check=True, timeout=100).stdout)
+
+    assert faults("kept") < 10
+    assert faults("handed back") > 100  # 65,536 pages, or 128 huge ones
