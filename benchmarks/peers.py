@@ -111,7 +111,7 @@ def compare(config: PeersConfig) -> dict[str, Any]:
             # Whoever comes first changes with the turn, so that nobody always follows the same one.
             for name in entrants[turn % len(entrants) :] + entrants[: turn % len(entrants)]:
                 if name == PRODUCT:
-                    rates.append(product_rate(work))
+                    rates.append(bare_product_rate(work))
                     continue
                 seconds, losses[name] = workers[name].turn(steps)
                 times[name].append(spread(seconds).median)
@@ -139,7 +139,7 @@ def compare(config: PeersConfig) -> dict[str, Any]:
     }
 
 
-def product_rate(work: Work) -> float:
+def bare_product_rate(work: Work) -> float:
     """FLOP/s of one product after the other, as many FLOPs as a step has.
 
     They stop after 30 s: some CPUs emulate a precision slowly.
@@ -147,11 +147,10 @@ def product_rate(work: Work) -> float:
     (m, k, n), dtype = PRODUCT_SHAPE, DTYPES[work.precision]
     x, weight = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
     out = x @ weight  # its threads have started then, and its pages are there
-    flops = 2 * m * k * n
-    begin, done = time.perf_counter(), 0
-    while done < step_flops(work) and time.perf_counter() - begin < PRODUCT_LIMIT_S:
+    wanted, done, begin = step_flops(work), 0, time.perf_counter()
+    while done < wanted and time.perf_counter() - begin < PRODUCT_LIMIT_S:
         torch.mm(x, weight, out=out)
-        done += flops
+        done += 2 * m * k * n
     return done / (time.perf_counter() - begin)
 
 

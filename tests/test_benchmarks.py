@@ -1,5 +1,6 @@
 """Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
 
+import itertools
 import json
 import os
 import re
@@ -76,16 +77,19 @@ def test_a_ratio_is_of_the_same_turn_and_mfu_of_the_peak() -> None:
     assert row["share_of_product"] is None
 
 
-def test_a_bare_product_does_as_many_flops_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = []
+@pytest.mark.parametrize(("a_look_s", "products"), [(1.0, 4), (20.0, 1)])
+def test_a_bare_product_does_as_many_flops_as_a_step_or_stops_after_30_s(
+    a_look_s: float, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that goes on by so much at each look: before, with each product, at the end."""
+    done, looks = [], itertools.count()
     monkeypatch.setattr(peers, "PRODUCT_SHAPE", (4, 2, 3))
     monkeypatch.setattr(peers, "step_flops", lambda work: 4 * 48)
     monkeypatch.setattr(torch, "mm", lambda *factors, out: done.append(out))
-    clock = iter(range(100))
-    monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    rate = peers.product_rate(WORK)
-    assert len(done) == 4
-    assert rate == 4 * 48 / 5.0  # the clock was asked before, after each of the four, and at the end
+    monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: a_look_s * next(looks)))
+    rate = peers.bare_product_rate(WORK)
+    assert len(done) == products
+    assert rate == pytest.approx(products * 48 / (a_look_s * (next(looks) - 1)))
 
 
 def test_the_floor_adds_up_by_hand() -> None:
@@ -256,7 +260,8 @@ def test_a_few_measurements_have_to_lie_far_apart() -> None:
     assert compare.verdict("step_s", few._asdict(), spread([1.2, 1.3])._asdict()) == "worse"
     many, later = spread([1.0, 1.01] * 3), spread([1.05, 1.06] * 3)
     assert compare.verdict("step_s", many._asdict(), later._asdict()) == "worse"
-    assert compare.verdict("contenders/ours/speedup", many._asdict(), later._asdict()) == "better"
+    for name in ("speedup", "share_of_product"):
+        assert compare.verdict(f"contenders/ours/{name}", many._asdict(), later._asdict()) == "better"
 
 
 def test_results_without_a_common_number_are_refused() -> None:
