@@ -31,7 +31,7 @@ BACKENDS = {
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
 PRODUCTS_ARE_FASTER = CPU.get("avx512_bf16", False) and not CPU.get("amx_bf16", False)
 TILE_QUERIES = 128
-TILE_BYTES = 4 << 20  # of scores; two or three such arrays are in use at a time
+TILE_BYTES = 2 << 20  # of scores; in the backward pass two such arrays are in use at a time
 
 softmax_gradient = torch.ops.aten._softmax_backward_data.out
 
@@ -73,9 +73,9 @@ def attention_by_products(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor) -> Tensor
     Scores are rounded to the dtype before the softmax, as autocast's are without a fused kernel: where they
     have a deviation of 1, a bfloat16 output is 0.4 % off instead of 0.2 %.
     """
-    out_NTD = torch.empty_like(q_NTD)
-    for heads, rows, keys, (scores, p) in tiles(q_NTD, 2):
-        make_probabilities(q_NTD[heads, rows], k_NTD[heads, keys].contiguous(), scores, p)
+    out_NTD, future = torch.empty_like(q_NTD), future_of(q_NTD)
+    for heads, rows, keys, (p,) in tiles(q_NTD, 1):
+        make_probabilities(q_NTD[heads, rows], k_NTD[heads, keys].contiguous(), future, p)
         torch.bmm(p, v_NTD[heads, keys].contiguous(), out=out_NTD[heads, rows])
     return out_NTD
 
@@ -85,13 +85,14 @@ def gradients_by_products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by queries, keys and values, from `grad_NTD`, that by what they were made into."""
     dq_NTD, dk_NTD, dv_NTD = (torch.empty_like(part) for part in (q_NTD, k_NTD, v_NTD))
-    for heads, rows, keys, (scores, p, dp) in tiles(q_NTD, 3):
+    future = future_of(q_NTD)
+    for heads, rows, keys, (p, dp) in tiles(q_NTD, 2):
         # A product of a slice would copy it, and its transpose slowly.
         q, grad = q_NTD[heads, rows].contiguous(), grad_NTD[heads, rows].contiguous()
         k, v = k_NTD[heads, keys].contiguous(), v_NTD[heads, keys].contiguous()
-        make_probabilities(q, k, scores, p)
+        make_probabilities(q, k, future, p)
         torch.bmm(grad, v.mT, out=dp)
-        d_scores = softmax_gradient(dp, p, -1, p.dtype, grad_input=scores)
+        d_scores = softmax_gradient(dp, p, -1, p.dtype, grad_input=dp)  # row by row, so over what it reads
         torch.bmm(d_scores, k, out=dq_NTD[heads, rows])
         if keys.stop == k_NTD.shape[1]:  # the first tile of these heads: there is nothing to add to
             torch.bmm(d_scores.mT, q, out=dk_NTD[heads])
@@ -103,29 +104,34 @@ def gradients_by_products(
 
 
 def tiles(q_NTD: Tensor, arrays: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
-    """Heads, some of their queries, the keys that these see, and memory for `arrays` times their scores.
+    """Some heads, some of their queries, the keys that these see, and memory for `arrays` times their scores.
 
-    The last queries of a head come first. All tiles share the memory.
+    Last queries come first: few heads at a time, more where they see fewer keys. All share the memory.
     """
     N, T, _ = q_NTD.shape
     rows = min(TILE_QUERIES, T)
-    at_a_time = min(max(1, TILE_BYTES // (rows * T * q_NTD.itemsize)), N)
-    memory = q_NTD.new_empty(arrays, at_a_time * rows * T).unbind()
-    for first in range(0, N, at_a_time):
-        heads = slice(first, min(first + at_a_time, N))
-        for begin in reversed(range(0, T, rows)):
-            end = min(begin + rows, T)
+    fit = max(TILE_BYTES // q_NTD.itemsize, rows * T)  # at least one head
+    memory = q_NTD.new_empty(arrays, min(fit, N * rows * T)).unbind()
+    for begin in reversed(range(0, T, rows)):
+        end = min(begin + rows, T)
+        at_a_time = fit // ((end - begin) * end)
+        for first in range(0, N, at_a_time):
+            heads = slice(first, min(first + at_a_time, N))
             shape = heads.stop - first, end - begin, end
             scores = [part[: math.prod(shape)].view(shape) for part in memory]
             yield heads, slice(begin, end), slice(end), scores
 
 
-def make_probabilities(q: Tensor, k: Tensor, scores: Tensor, p: Tensor) -> None:
-    """Writes the probabilities to `p`, over `scores`: the last query sees all keys, each other one less."""
+def future_of(q_NTD: Tensor) -> Tensor:
+    """What hides from a tile's queries the keys after them: minus infinity, to be added to their scores."""
+    return q_NTD.new_full((TILE_QUERIES, TILE_QUERIES), -math.inf).triu_(1)
+
+
+def make_probabilities(q: Tensor, k: Tensor, future: Tensor, p: Tensor) -> None:
+    """Writes the probabilities to `p`: the last query sees all keys, each other one less."""
     R = q.shape[1]
-    future = torch.full((R, R), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    torch.bmm(q, k.mT, out=scores)[..., -R:].add_(future)
-    torch.softmax(scores, -1, out=p)
+    torch.bmm(q, k.mT, out=p)[..., -R:].add_(future[:R, :R])
+    torch.softmax(p, -1, out=p)  # row by row, so over what it reads
 
 
 def as_operator(schema: str, function: Callable[..., Any]) -> Any:

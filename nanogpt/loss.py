@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nanogpt.attention import CPU
+
 IGNORED = -100  # a target that cross-entropy leaves out
 DEFAULT_CHUNK_TOKENS = 1024
 NARROW_CHUNK_TOKENS = 2048
-"""As many bytes of 16-bit logits; a CPU's bf16 products are faster for it, see benchmarks/NOTES.md."""
+"""As many bytes of 16-bit logits; products with AMX are faster for it, no others: benchmarks/NOTES.md."""
 GPU_CHUNK_TOKENS = 8192
 """Twice as many take twice the memory and as long a token: measured on an H100, see benchmarks/NOTES.md."""
 PRODUCT_ROWS = 4096
@@ -26,7 +28,8 @@ def chunk_tokens_of(device_type: str, precision: str) -> int:
     """Tokens whose logits exist at a time, in a step that multiplies in `precision`."""
     if device_type == "cuda":
         return GPU_CHUNK_TOKENS
-    return DEFAULT_CHUNK_TOKENS if precision == "float32" else NARROW_CHUNK_TOKENS
+    gains = precision != "float32" and CPU.get("amx_bf16", False)
+    return NARROW_CHUNK_TOKENS if gains else DEFAULT_CHUNK_TOKENS
 
 
 def next_token_loss(
@@ -171,14 +174,19 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch passes one an output, declares one
         features_grad, embedding_grad = ctx.saved_tensors
-        return (
-            features_grad * cotangent.to(features_grad.dtype),
-            embedding_grad * cotangent,
-            None,
-            None,
-            None,
-            None,
-        )
+        if not is_one(cotangent):
+            features_grad = features_grad * cotangent.to(features_grad.dtype)
+            embedding_grad = embedding_grad * cotangent
+        return features_grad, embedding_grad, None, None, None, None
+
+
+def is_one(cotangent: Float[Tensor, ""]) -> bool:
+    """Whether it is known to be 1, as in every step: a CPU saves a pass over the head's gradient.
+
+    A GPU would have to be waited for, and a tensor of a graph or without data (a fake one) cannot tell.
+    """
+    has_value = type(cotangent) is Tensor and not torch.compiler.is_compiling()
+    return has_value and cotangent.device.type == "cpu" and cotangent.item() == 1
 
 
 def chunk_loss(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from nanogpt.loss import head_loss, head_loss_and_grads, next_token_loss
+from nanogpt.loss import HeadLoss, chunk_tokens_of, head_loss, head_loss_and_grads, next_token_loss
 
 V, PADDED, B, T, C = 65, 128, 3, 7, 16
 TOKENS = B * T  # 21, which 4 and 8 do not divide
@@ -128,3 +128,37 @@ def test_gradients_of_a_bf16_head_add_up_in_fp32(
     _, _, at_once = head_loss_and_grads(features, head, targets, vocab_size=V)
     # each of 21 chunks rounds to 8 bits; a bf16 sum of them would be off by several per cent
     assert (head_grad - at_once).norm() < 0.01 * at_once.norm()
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_head_loss_passes_on_the_cotangent_and_copies_no_gradient_for_1(
+    features: Tensor, head: Tensor, targets: Tensor, factor
+):
+    features, embedding = features.requires_grad_(), head[:V].clone().requires_grad_()
+    settings = dict(vocab_size=V, chunk_tokens=8, chunk=None)
+    value, _, head_grad = HeadLoss.apply(features, embedding, targets, torch.tensor(2.0), head, settings)
+    grads = torch.autograd.grad(factor * value, [features, embedding])
+
+    expected = torch.autograd.grad(
+        factor * 2 * plain_loss(features, embedding, targets), [features, embedding]
+    )
+    close(grads[0], expected[0])
+    close(grads[1], expected[1])
+    assert (grads[1].data_ptr() == head_grad.data_ptr()) == (factor == 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "cpu", "tokens"),
+    [
+        ("cpu", "float32", {"amx_bf16": True}, 1024),
+        ("cpu", "bfloat16", {"amx_bf16": True}, 2048),
+        ("cpu", "bfloat16", {"amx_bf16": False}, 1024),
+        ("cpu", "bfloat16", {}, 1024),
+        ("cuda", "bfloat16", {}, 8192),
+    ],
+)
+def test_a_chunk_has_more_tokens_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, device, precision, cpu, tokens
+):
+    monkeypatch.setattr("nanogpt.loss.CPU", cpu)
+    assert chunk_tokens_of(device, precision) == tokens
