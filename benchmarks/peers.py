@@ -22,14 +22,12 @@ from benchmarks.worker import Memory, Started, Worker
 from nanogpt import perf
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
-from nanogpt.run import keep_freed_memory
 from nanogpt.train import DTYPES
 from nanogpt.units import format_bytes
 
 QUICK = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 EQUAL_WORK = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 2e-2}
 """How far losses after the same steps may lie apart; in fp32, what padded columns take of the softmax."""
-KEPT_MEMORY = "mallopt, and huge pages where the system has them"  # what keep_freed_memory does
 PRODUCT = "a bare product"
 PRODUCT_SHAPE = (8192, 768, 4 * 768)  # of perf.measured_matmul_flops
 PRODUCT_LIMIT_S = 30.0
@@ -60,8 +58,8 @@ class PeersConfig:
     device: str | None = None
     """cpu or cuda; None takes the GPU where there is one."""
     all_keep_memory: bool = False
-    """Let everybody keep freed memory on a CPU, in huge pages, as a run of ours does; the others, as their
-    users write them, do not."""
+    """Let everybody keep freed memory on a CPU (mallopt), as a run of ours does; the others, as their users
+    write them, do not."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
 
@@ -100,8 +98,6 @@ def compare(config: PeersConfig) -> dict[str, Any]:
     names = list(config.contenders or installed_contenders())
     steps = config.steps or (1 if work.device == "cpu" else 8)
     hardware = perf.detect(torch.device(work.device))
-    if work.device == "cpu":
-        keep_freed_memory()  # products in huge pages, as those of our step are, are the faster ones
     peak, source = perf.peak_flops(hardware, work.precision)
     with contextlib.ExitStack() as stack:
         workers, starts, times, rates = {}, {}, {name: [] for name in names}, []
@@ -134,7 +130,6 @@ def compare(config: PeersConfig) -> dict[str, Any]:
         "peak_flops": peak,
         "peak_source": source,
         "product_flops_per_second": rates,
-        "kept_memory": KEPT_MEMORY,
         "contenders": {
             name: contender_result(
                 work, peak, rates, times[name], times["ours"], losses[name], starts[name], memory[name]
@@ -241,8 +236,7 @@ def table_of(result: dict[str, Any]) -> str:
     if result["work"]["device"] == "cpu":
         all_keep = result["work"].get("all_keep_memory")
         keeping = "everybody keeps" if all_keep else "ours keeps"
-        how = result.get("kept_memory", "mallopt")
-        notes.append(f"{keeping} freed memory for the next step ({how})")
+        notes.append(f"{keeping} freed memory for the next step (mallopt)")
     if "litgpt" in result["contenders"]:
         notes.append("litgpt has rotary positions, no learned ones, and starts from other weights")
     return "\n".join([table(header, rows), *notes])

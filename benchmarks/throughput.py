@@ -27,7 +27,6 @@ from nanogpt.errors import UserError
 from nanogpt.meeting import World, world
 from nanogpt.model import GPT2Config
 from nanogpt.processes import Team
-from nanogpt.run import keep_freed_memory
 from nanogpt.train import init_state
 from nanogpt.units import format_bytes
 
@@ -183,8 +182,6 @@ def benchmark(config: ThroughputConfig) -> dict[str, Any]:
     works = works_of(config)
     device = torch.device(works[0].device)
     hardware = perf.detect(device)
-    if device.type == "cpu":
-        keep_freed_memory()  # as our step's process does: products in huge pages are faster
     precisions = {work.precision for work in works}
 
     def peaks_now() -> Peaks:

@@ -9,9 +9,7 @@ import dataclasses
 import errno
 import gc
 import json
-import mmap
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -35,7 +33,7 @@ from nanogpt.run_dir import CHECKPOINTS, METRICS, PICTURE, describe, own_run_dir
 from nanogpt.tracker import Console, JsonLines, Trackers, WandB
 from nanogpt.train import Precision, TrainState, init_state
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt, from glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 LOGS = "logs"
 
 
@@ -103,6 +101,8 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
             f'with python -m nanogpt.sample --run-dir {config.run_dir} --prompt "..."'
         )
         return RunResult(None, plan.start, None, None, config.run_dir)
+    if plan.hardware.device.type == "cpu":
+        keep_freed_memory()
     if plan.hardware.device.type == "cuda":
         torch.cuda.set_device(plan.hardware.device)  # what names no device means this one
     mesh = sharding.make_mesh(plan.hardware.device.type, plan.mesh) if plan.spec.process_count > 1 else None
@@ -153,7 +153,6 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
             f"--train.attention"
         )
     if hardware.device.type == "cpu":  # the processes of a machine share it
-        keep_freed_memory()
         hardware = hardware._replace(available_bytes=hardware.available_bytes // team.world.local_size)
     precision = config.train.precision or perf.default_precision(hardware)
     shape = sharding.mesh_shape(
@@ -226,32 +225,17 @@ def make_optimizer(config: RunConfig, precision: Precision) -> optim.Transform:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed for what is asked for next, in huge pages, where it can (glibc).
+    """Lets the C library keep what is freed for what is asked for next, where it can (glibc).
 
     Otherwise it hands every large tensor's pages back, and the kernel clears them anew for the next tensor:
-    an eager step of a large model loses a third of its time to that. A processor that has 512 times fewer
-    pages to look up is faster by a percent or two. For these pages the heap gets the addresses of half of the
-    machine's memory, and the memory itself as it is used.
+    an eager step of a large model loses a third of its time to that.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)
-    page, size = mmap.PAGESIZE, os.sysconf("SC_PHYS_PAGES") // 2 * mmap.PAGESIZE
-    libc.malloc.restype = ctypes.c_void_p
-    begin = libc.malloc(ctypes.c_size_t(size)) if addresses_are_free() else None
-    if begin is not None:
-        whole_pages = ctypes.c_void_p(begin + -begin % page), ctypes.c_size_t(size - page)
-        libc.madvise(*whole_pages, mmap.MADV_HUGEPAGE)
-        libc.free(ctypes.c_void_p(begin))
-
-
-def addresses_are_free() -> bool:
-    """Whether a process may take addresses that it never uses: no `ulimit`, no strict accounting by Linux."""
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    unlimited = all(limit == resource.RLIM_INFINITY for limit in limits)
-    return unlimited and Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
+    if hasattr(libc, "mallopt"):
+        # An older one takes 32 MiB at most, and by the second call alone would hand back even more.
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1):
+            libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def choose_device(name: str | None, place: World) -> torch.device:
