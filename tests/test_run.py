@@ -662,7 +662,6 @@ def test_a_mistake_ends_with_2_one_line_on_stderr_and_nothing_on_stdout(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-HAS_MALLOPT = hasattr(ctypes.CDLL(None), "mallopt")
 FILLS = """
 import resource, sys
 import torch
@@ -682,11 +681,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not HAS_MALLOPT, reason="no mallopt")  # macOS, musl: keep_freed_memory then does nothing
 def test_freed_memory_is_kept_for_what_is_asked_for_next() -> None:
+    """Where the C library can be told to: elsewhere (macOS, musl) the same program only has to run."""
+
     def faults(memory: str) -> int:
         command = [sys.executable, "-c", FILLS, memory]
         return int(subprocess.run(command, capture_output=True, check=True, timeout=100).stdout)
 
-    assert faults("kept") < 10
-    assert faults("handed back") > 100  # 65,536 pages, or 128 huge ones
+    kept, handed_back = faults("kept"), faults("handed back")
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        assert kept < 10
+        assert handed_back > 100  # 65,536 pages, or 128 huge ones
