@@ -292,4 +292,5 @@ def catch_signals() -> Iterator[list[int]]:
         yield caught
     finally:
         for number, handler in before.items() if is_main else ():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:  # it may be ignored by now: processes.ignore_torchrun
+                signal.signal(number, handler)

@@ -299,10 +299,13 @@ class Team:
     def hangs_explained(self) -> Iterator[None]:
         """Raises LostRank, naming the missing ranks, for a collective that broke or timed out.
 
-        Where another rank has given up for a reason of its own, that is what is raised.
+        Where another rank has given up for a reason of its own, that is what is raised. From then on
+        torchrun's signals are ignored, so what is closed on the way out is better closed around this.
         """
         try:
             yield
+        except LostRank:  # explained further in
+            raise
         except RuntimeError as error:
             if self.world.size == 1 or not BROKEN_COLLECTIVE.search(str(error)):
                 raise

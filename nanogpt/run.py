@@ -117,6 +117,7 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
         contextlib.closing(make_trackers(plan, console) if is_first else Trackers(console)) as trackers,
         contextlib.closing(checkpointer),
         catch_signals() as caught,
+        team.hangs_explained(),  # before anything is closed: torchrun ends this rank soon after a lost one
     ):
         schedule = make_schedule(config)
         loop = Loop(plan, optimizer, schedule, checkpointer, trackers, console, team, mesh)

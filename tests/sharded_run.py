@@ -26,6 +26,7 @@ from tiny_run import EAGER, arguments, write_tokens
 from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt.processes import Team
 from nanogpt.run import main
+from nanogpt.tracker import Trackers
 
 STEPS = 20
 LITTLE = {
@@ -206,17 +207,25 @@ def go_through_all(folder: Path) -> None:
 
 
 def be_disturbed() -> None:
-    """Rank 1 is killed in step 8 of the first attempt; torchrun is told to stop in step 13 of the next."""
+    """Rank 1 is killed in step 8 of the first attempt, and rank 0 closes its trackers slowly, as W&B may;
+    torchrun is told to stop in step 13 of the next."""
 
     def stop_torchrun() -> None:
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(2)  # until it has told this rank
 
+    def close_slowly(self: Trackers) -> None:
+        time.sleep(2)
+        close(self)
+
+    close = Trackers.close
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
         if os.environ["RANK"] == "0":
             at_step(13, stop_torchrun)
     elif os.environ["RANK"] == "1":
         at_step(8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    else:
+        Trackers.close = close_slowly
 
 
 if __name__ == "__main__":

@@ -209,6 +209,22 @@ def test_on_a_gpu_a_step_lasts_as_long_as_the_gpu_works_on_it(monkeypatch: pytes
     assert seconds_between(2.0, 3.5) == 1.5
 
 
+def test_signals_get_their_handlers_back_unless_they_are_ignored_by_then() -> None:
+    """As by a rank that says why it gives up, while torchrun wants to end it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with loop.catch_signals() as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGINT]
+        after = {number: signal.getsignal(number) for number in numbers}
+        assert after == before | {signal.SIGTERM: signal.SIG_IGN}
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
 def test_samples_of_two_steps_are_two_draws_and_the_best_checkpoint_stays(go: Go, tmp_path: Path) -> None:
     wanted = {"sample__temperature": 5, "optim__max_learning_rate": 1e-9, "optim__min_learning_rate": 0}
     go(tmp_path, *EAGER, train__max_steps=3, sample__interval=1, eval__interval=1, **wanted)

@@ -173,6 +173,7 @@ def test_a_killed_rank_and_a_signal_to_torchrun_change_no_bit(folder: Path) -> N
     said = disturbed["said"]
     assert disturbed["statuses"] == [128 + signal.SIGTERM], said
     assert f"gave up a collective in step 8 since rank 1 ({HERE}) is gone" in said
+    assert said.count("gave up a collective") == 1
     (stopped,) = re.findall(r"stopped at step (\d+), saved; the same command goes on from there", said)
     assert 13 <= int(stopped) < STEPS
     assert f"this run is steps {stopped} to {STEPS}" in rest["said"]
