@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -196,6 +197,13 @@ def host() -> str:
     return socket.gethostname()
 
 
+def ignore_torchrun() -> None:
+    """From here on torchrun's signals do not end this process, only its SIGKILL; not in a second thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def stop_restarts() -> None:
     """Ends the torchrun that started this process, which would start it again up to --max-restarts times.
 
@@ -209,4 +217,5 @@ def stop_restarts() -> None:
         return
     handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     if re.search(rb"torchrun|torch\.distributed\.run", command) and "SIGQUIT" in handled:
+        ignore_torchrun()  # which hands the signal on to its ranks
         os.kill(os.getppid(), signal.SIGQUIT)

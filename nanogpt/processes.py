@@ -13,13 +13,12 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +33,7 @@ from nanogpt.meeting import (
     World,
     agent_has_store,
     host,
+    ignore_torchrun,
     meet,
     meeting_point,
     missing_after,
@@ -65,7 +65,7 @@ BROKEN_COLLECTIVE = re.compile(
 
 
 class LostRank(RuntimeError):
-    """A collective broke or timed out; the sentence says which rank is missing. A restart may help."""
+    """Another rank is gone, hangs, or stopped with a bug; the sentence says which. A restart may help."""
 
 
 class Ending(NamedTuple):
@@ -75,13 +75,6 @@ class Ending(NamedTuple):
     sentence: str
     absent: list[int]
     """Ranks that nobody needs to wait for."""
-
-
-def ignore_torchrun() -> None:
-    """From here on torchrun's signals do not end this process, only its SIGKILL; not in a second thread."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)
 
 
 def flush() -> None:
@@ -151,6 +144,8 @@ class Team:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.world.size == 1:
+            if isinstance(error, UserError) or (isinstance(error, SystemExit) and error.code == 2):
+                stop_restarts()
             return
         if error is not None:
             self._end(self._ending_of(error))
@@ -177,33 +172,44 @@ class Team:
     def together(self, function: Callable[[], Result], *, timeout_s: float = CHECKS_TIMEOUT_S) -> Result:
         """What `function` returns here, once it has returned on every rank.
 
-        Raises UserError on every rank, with one sentence for all, where it raised one on any. A rank above 0
-        prints nothing from within: what all have to say, such as --help, is said once.
+        Raises UserError on every rank, with one sentence for all, where it raised one on any. After any other
+        error that rank raises it, and the others LostRank. A rank above 0 prints nothing from within: what
+        all have to say, such as --help, is said once.
         """
         if self.world.size == 1:
             return function()
-        wrong = f"it stopped with an error of the program; look at its log ({self._log or 'the terminal'})"
+        mistake = bug = ""
         with quiet() if self.world.rank else contextlib.nullcontext():
             try:
-                result = function()
-                wrong = ""
-            except UserError as mistake:
-                wrong = str(mistake)
+                return function()
+            except UserError as error:
+                mistake = str(error)
                 raise
             except SystemExit:  # --help, or a flag that tyro has explained: the same on every rank
-                wrong = ""
+                raise
+            except BaseException as error:
+                where = self._log or "the terminal"
+                bug = f"{type(error).__name__} in a check before training; its traceback is in {where}"
                 raise
             finally:
-                self._raise_first(self.gather(wrong, timeout_s=timeout_s))
-        return result
+                told = self.gather(json.dumps([mistake, bug]), timeout_s=timeout_s)
+                mistakes, bugs = zip(*map(json.loads, told), strict=True)
+                if not bug:  # this rank's own is raised as it is
+                    self._raise_first(mistakes)
+                    self._raise_lost(bugs)
 
-    def _raise_first(self, mistakes: list[str]) -> None:
+    def _raise_first(self, mistakes: Sequence[str]) -> None:
         ranks = [rank for rank, mistake in enumerate(mistakes) if mistake]
         if not ranks:
             return
         first = mistakes[ranks[0]]
         everywhere = all(mistake == first for mistake in mistakes)
         raise UserError(first if everywhere else f"{self._names(ranks[:1])}: {first}") from None
+
+    def _raise_lost(self, bugs: Sequence[str]) -> None:
+        for rank, bug in enumerate(bugs):
+            if bug:
+                raise LostRank(f"{self._names([rank])} stopped with {bug}", [])
 
     def agree(self, what: dict[str, str]) -> None:
         """Raises UserError on every rank, naming the first odd one, unless all say the same as rank 0."""

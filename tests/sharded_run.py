@@ -57,8 +57,8 @@ class Start:
     """What rank 1 does before it runs."""
     run_dir: str | None = None
     """By default that of the chain."""
-    is_disturbed: bool = False
-    """Under a torchrun of its own, as `be_disturbed` says."""
+    under_torchrun: bool = False
+    """One of its own, disturbed as `be_disturbed` says."""
 
 
 def has_another_flag() -> None:
@@ -111,7 +111,8 @@ CHAINS = {
         Start(4, stop(16)),
         Start(2),
     ],
-    "disturbed": [Start(2, {"resume": "never"} | OFTEN, is_disturbed=True), Start(2, OFTEN)],
+    "disturbed": [Start(2, {"resume": "never"} | OFTEN, under_torchrun=True), Start(2, OFTEN)],
+    "one under torchrun": [Start(1, {"data__path": "nowhere"}, under_torchrun=True)],
     "mesh": [Start(2, {"mesh__shard": 3})],
     "batch": [Start(2, {"data__total_batch_size": 9 * 9})],
     "flag": [Start(2, odd=has_another_flag)],
@@ -140,8 +141,8 @@ def go_through(folder: Path, name: str) -> list[dict[str, Any]]:
     outcomes = []
     for number, start in enumerate(CHAINS[name]):
         begun, terminal = time.monotonic(), folder / f"{name}-{number}"
-        if start.is_disturbed:
-            status = under_torchrun(line(folder, name, start), terminal)
+        if start.under_torchrun:
+            status = under_torchrun(start.size, line(folder, name, start), terminal)
             outcomes.append(dict(statuses=[status], said=terminal.read_text()))
             continue
         with socket.socket() as port:
@@ -154,11 +155,11 @@ def go_through(folder: Path, name: str) -> list[dict[str, Any]]:
     return outcomes
 
 
-def under_torchrun(flags: list[str], terminal: Path) -> int:
+def under_torchrun(size: int, flags: list[str], terminal: Path) -> int:
     """The status of a real torchrun."""
-    torchrun = ["-m", "experiments.launch.torchrun", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun = ["-m", "experiments.launch.torchrun", "--standalone", "--max-restarts=1"]
     with terminal.open("w") as said:
-        command = [sys.executable, *torchrun, __file__, "rank", *flags]
+        command = [sys.executable, *torchrun, f"--nproc-per-node={size}", __file__, "rank", *flags]
         return subprocess.run(command, stdout=said, stderr=said, timeout=200, check=False).returncode
 
 

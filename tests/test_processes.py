@@ -105,6 +105,10 @@ def has_a_bug(team: Team) -> None:
     steps(team, lambda: {}["x"])
 
 
+def has_a_bug_in_a_check(team: Team) -> None:
+    team.together(lambda: {0: "all is well"}[team.world.rank])
+
+
 def does_not_join(team: Team) -> None:
     with team.connected("cpu", timeout_s=60):
         if team.world.rank == 1:
@@ -117,6 +121,7 @@ SCENARIOS: dict[str, tuple[Callable[[Team], None], int]] = {
     for function, size in [
         *((agrees, 3), (has_other_code, 3), (finds_no_data, 2), (has_a_bad_flag, 2), (asks_for_help, 2)),
         *((trains, 2), (loses_its_disk, 3), (is_killed, 3), (sleeps, 3), (has_a_bug, 2), (does_not_join, 3)),
+        (has_a_bug_in_a_check, 2),
     ]
 }
 
@@ -349,6 +354,13 @@ def test_a_bug_of_one_rank_ends_all_and_its_traceback_is_in_its_log(
     ranks = outcomes["has_a_bug"]
     assert statuses(ranks) == [1, 1]
     assert f"rank 1 ({socket.gethostname()}): stopped with KeyError: 'x'" in the_sentence(ranks)
+    assert "Traceback (most recent call last)" in ranks[1]["log"]
+
+
+def test_an_error_of_the_program_in_a_check_leaves_its_traceback(outcomes: dict[str, list[Outcome]]) -> None:
+    ranks = outcomes["has_a_bug_in_a_check"]
+    assert statuses(ranks) == [1, 1]
+    assert f"rank 1 ({socket.gethostname()}) stopped with KeyError" in the_sentence(ranks)
     assert "Traceback (most recent call last)" in ranks[1]["log"]
 
 
