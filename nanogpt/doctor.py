@@ -92,8 +92,9 @@ def main() -> None:
     with command.mistakes_in_a_sentence(), Team(world()) as team:
         config = team.together(lambda: command.parse(DoctorConfig, default=DoctorConfig()))
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        found = findings(gather(team, device_type, config.run_dir))
-        found += [*compiler_findings(device_type), *wandb_findings(), *data_findings(config.data_path)]
+        every = gather(team, device_type, config.run_dir)
+        own = [*compiler_findings(device_type), *wandb_findings(), *data_findings(config.data_path)]
+        found = findings(every) + of_all_ranks(every, team.gather(json.dumps(own)))
         if team.world.size > 1:
             found += all_reduce_findings(team, device_type)
         if team.world.rank == 0:
@@ -184,6 +185,18 @@ def findings(every: Sequence[Facts]) -> list[Finding]:
         clock_findings,
     )
     return [finding for kind in kinds for finding in kind(every)]
+
+
+def of_all_ranks(every: Sequence[Facts], texts: Sequence[str]) -> list[Finding]:
+    """What each rank found by itself, as JSON: all that rank 0 found, and where others have found more."""
+    first, *others = ([Finding(*finding) for finding in json.loads(text)] for text in texts)
+    more = [
+        finding._replace(text=f"{where(each)}: {finding.text}")
+        for each, found in zip(every[1:], others, strict=True)
+        for finding in found
+        if finding not in first
+    ]
+    return first + more
 
 
 def version_findings(every: Sequence[Facts]) -> list[Finding]:

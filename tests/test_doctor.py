@@ -1,5 +1,6 @@
 """The doctor: what it makes of the facts, and of this machine."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def test_a_missing_data_folder_is_an_error_and_a_bundled_one_is_not() -> None:
     assert finding.level == "error"
     assert finding.text.startswith("no data folder at /nowhere; set --data.path")
     assert doctor.data_findings("shakespeare") == [Finding("ok", "data", "shakespeare, bundled")]
+
+
+def test_what_another_rank_found_by_itself_is_said_with_its_place() -> None:
+    compiler, data = Finding("ok", "compiler", "/usr/bin/g++"), Finding("ok", "data", "tokens")
+    missing = Finding("error", "data", "no data folder at tokens")
+    texts = [json.dumps(found) for found in ([compiler, data], [compiler, data], [compiler, missing])]
+    more = Finding("error", "data", "rank 2 (b): no data folder at tokens")
+    assert doctor.of_all_ranks(ranks(3), texts) == [compiler, data, more]
 
 
 def test_the_mode_of_wandb_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

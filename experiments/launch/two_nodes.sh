@@ -17,7 +17,7 @@ both machines see. Which machine has rank 0, whose output is on the terminal, to
 environment: NGPUS          processes on this machine (default: its GPUs, or 1)
              PORT           where ADDRESS listens (default: 29500)
              JOIN_TIMEOUT   seconds to wait for the other machine (default: 600)
-             MAX_RESTARTS   how often to start again from the last checkpoint (default: 3)
+             MAX_RESTARTS   how often to start again from the last checkpoint (default: 3; 0 for the check)
              LOCAL_ADDRESS  this machine as the other one can reach it (default: ADDRESS on head, else its name)
              PYTHON         (default: .venv/bin/python)
 USAGE
@@ -44,9 +44,11 @@ python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || fail "no Python at $python; run make environment, or set PYTHON"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
 processes=${NGPUS:-$((gpus > 0 ? gpus : 1))}
-for setting in "NGPUS=$processes" "PORT=${PORT:-29500}" "JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}" "MAX_RESTARTS=${MAX_RESTARTS:-3}"; do
-    [[ ${setting#*=} =~ ^[0-9]{1,5}$ ]] || fail "${setting%%=*} is '${setting#*=}', expected a number"
+restarts=${MAX_RESTARTS:-$([ "$1" = nanogpt.doctor ] && echo 0 || echo 3)}
+for setting in "NGPUS=$processes" "PORT=${PORT:-29500}" "JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}" "MAX_RESTARTS=$restarts"; do
+    [[ ${setting#*=} =~ ^(0|[1-9][0-9]{0,4})$ ]] || fail "${setting%%=*} is '${setting#*=}', expected a number"
 done
+[ "$processes" != 0 ] || fail "NGPUS is 0, expected a number from 1"
 [ "$role" = head ] && local_address=${LOCAL_ADDRESS:-$address} || local_address=${LOCAL_ADDRESS:-}
 
 cores=$(nproc)
@@ -54,7 +56,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / process
 # is_host is said, since torchrun finds it by the machine's name, which an address behind a second network
 # card does not have; and told so, it says that a port is taken instead of waiting at it.
 exec "$python" -m experiments.launch.torchrun \
-    --nnodes=2 --nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-3}" \
+    --nnodes=2 --nproc-per-node="$processes" --max-restarts="$restarts" \
     --rdzv-backend=c10d --rdzv-endpoint="$address:${PORT:-29500}" --rdzv-id="nanogpt-${PORT:-29500}" \
     --rdzv-conf="is_host=$is_host,join_timeout=${JOIN_TIMEOUT:-600}" \
     ${local_address:+--local-addr="$local_address"} -m "$@"
