@@ -24,6 +24,15 @@ case "$1" in
   --query-compute-apps=*) printf '%s\\n' {processes} ;;
 esac
 """
+TORCHRUN = """
+import signal, subprocess, sys
+
+was_told = []
+signal.signal(signal.SIGTERM, lambda number, frame: (was_told.append(number), rank.terminate()))
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(rank.pid, flush=True)
+print("the rank ended with", rank.wait(), end=", as it was told\\n" if was_told else " and starts again\\n")
+"""
 FakeSmi = Callable[..., dict[str, str]]
 
 
@@ -147,6 +156,20 @@ def test_kill_gpu_ends_the_callers_processes_after_a_yes(
     result = make("kill-gpu", environment=fake_smi(gpus=1, processes={sleeper.pid: "python"}), stdin="y\n")
     assert result.stdout.endswith(f"Ended {sleeper.pid}.\n")
     assert sleeper.wait(timeout=5) == -15
+
+
+def test_kill_gpu_ends_the_torchrun_that_would_start_its_ranks_again(
+    fake_smi: FakeSmi, tmp_path: Path
+) -> None:
+    """One that hands the signal on to its rank and says so, as torchrun does."""
+    torchrun = tmp_path / "torchrun.py"
+    torchrun.write_text(TORCHRUN)
+    with subprocess.Popen([sys.executable, torchrun], stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        result = make("kill-gpu", environment=fake_smi(gpus=1, processes={pid: "python"}), stdin="y\n")
+        assert starter.stdout.read() == "the rank ended with -15, as it was told\n"
+    assert result.stdout.endswith(f"Ended {pid}.\n")
 
 
 def test_kill_gpu_leaves_another_users_processes_alone(

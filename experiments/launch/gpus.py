@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-GRACE_S = 10.0
-"""Seconds that a process has between being asked to end and being made to."""
+GRACE_S = 120.0
+"""Seconds that a process has between being asked to end, when a run saves, and being made to."""
 
 
 class Process(NamedTuple):
@@ -56,14 +57,28 @@ def kill() -> None:
 
 
 def end(pids: list[int]) -> None:
-    """Ask all to end, wait up to GRACE_S for them, and make those end that are left."""
-    send(pids, signal.SIGTERM)
+    """Ask all to end, wait up to GRACE_S for them, and make those end that are left.
+
+    Who is asked for the ranks of a torchrun is torchrun, which would start them again.
+    """
+    asked = list({starter(pid): None for pid in pids})
+    send(asked, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
-    while (left := [pid for pid in pids if running(pid)]) and time.monotonic() < deadline:
+    while (left := [pid for pid in {*asked, *pids} if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     send(left, signal.SIGKILL)
     forced = f" ({', '.join(map(str, left))} only by force)" if left else ""
     print(f"Ended {', '.join(map(str, pids))}{forced}.")
+
+
+def starter(pid: int) -> int:
+    """The torchrun that has started a process, or the process itself."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        command = Path(f"/proc/{parent}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return pid
+    return parent if re.search(r"torchrun|torch\.distributed\.run", command) else pid
 
 
 def send(pids: list[int], number: signal.Signals) -> None:
