@@ -239,8 +239,10 @@ def falls_on(interval: int | None, step: int) -> bool:
 def copy_to_host(metrics: Metrics) -> Callable[[], tuple[dict[str, float], Moment]]:
     """Starts to copy the metrics of a step and returns what waits for them, that step alone and not the ones
     after it, and tells when it ended."""
-    host = {name: value.to("cpu", non_blocking=True) for name, value in metrics.items()}
-    copied = now(metrics["loss"].device)
+    device = metrics["loss"].device
+    waits_later = device.type == "cuda"  # for an event; nothing tells when another device has copied
+    host = {name: value.to("cpu", non_blocking=waits_later) for name, value in metrics.items()}
+    copied = now(device)
 
     def read() -> tuple[dict[str, float], Moment]:
         if isinstance(copied, torch.cuda.Event):
@@ -292,5 +294,5 @@ def catch_signals() -> Iterator[list[int]]:
         yield caught
     finally:
         for number, handler in before.items() if is_main else ():
-            if signal.getsignal(number) is handle:  # it may be ignored by now: processes.ignore_torchrun
+            if signal.getsignal(number) is handle:  # it may be ignored by now: meeting.ignore_torchrun
                 signal.signal(number, handler)

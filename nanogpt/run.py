@@ -115,8 +115,8 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
         own_run_dir(config, about) if is_first else contextlib.nullcontext(),
         full_disk_in_a_sentence(config.run_dir),
         contextlib.closing(make_trackers(plan, console) if is_first else Trackers(console)) as trackers,
+        catch_signals() as caught,  # also while the last checkpoint is written
         contextlib.closing(checkpointer),
-        catch_signals() as caught,
         team.hangs_explained(),  # before anything is closed: torchrun ends this rank soon after a lost one
     ):
         schedule = make_schedule(config)
@@ -155,7 +155,7 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
         )
     if hardware.device.type == "cpu":  # the processes of a machine share it
         hardware = hardware._replace(available_bytes=hardware.available_bytes // team.world.local_size)
-    precision = config.train.precision or perf.default_precision(hardware)
+    precision = config.train.precision or saved_precision(checkpointer) or perf.default_precision(hardware)
     shape = sharding.mesh_shape(
         shard=config.mesh.shard,
         replicate=config.mesh.replicate,
@@ -176,6 +176,12 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
         console.message(cut_in_words(wanted, spec, hardware.name))
     peak_flops, source = perf.peak_flops(hardware, precision)
     return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
+
+
+def saved_precision(checkpointer: Checkpointer) -> Precision | None:
+    """What the run was multiplied in so far, on whatever device; None where it has saved nothing."""
+    latest = checkpointer.latest()
+    return None if latest is None else checkpointer.metadata(latest).get("precision")
 
 
 def check_start(config: RunConfig, init_dir: Path) -> None:

@@ -95,6 +95,9 @@ def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -
         for name, new in values.items() if free is not None else ():
             before = about["config"].get(group)
             old = before.get(name) if isinstance(before, dict) else None
+            if (group, name) == ("train", "precision"):  # by device without a flag; then the run keeps it
+                old = about.get("precision", old)
+                new = new or old
             if name not in free and old != new:
                 raise UserError(
                     f"{config.run_dir} holds a run with --{group}.{name.replace('_', '-')} {old}, now {new}; "

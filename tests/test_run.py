@@ -225,6 +225,27 @@ def test_signals_get_their_handlers_back_unless_they_are_ignored_by_then() -> No
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
 
 
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Checkpointer.close
+
+    def close_signalled(self: Checkpointer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(self)
+
+    def would_end(number: int, frame: object) -> None:
+        raise AssertionError("the process would have ended here")
+
+    monkeypatch.setattr(Checkpointer, "close", close_signalled)
+    before = signal.signal(signal.SIGTERM, would_end)
+    try:
+        go(tmp_path, *EAGER, train__stop_after=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Checkpointer(tmp_path / "checkpoints").latest() == 1
+
+
 def test_samples_of_two_steps_are_two_draws_and_the_best_checkpoint_stays(go: Go, tmp_path: Path) -> None:
     wanted = {"sample__temperature": 5, "optim__max_learning_rate": 1e-9, "optim__min_learning_rate": 0}
     go(tmp_path, *EAGER, train__max_steps=3, sample__interval=1, eval__interval=1, **wanted)
@@ -262,6 +283,18 @@ def test_what_decides_no_number_may_change_between_starts(go: Go, tmp_path: Path
 def test_a_resumed_run_can_be_demanded(go: Go, tmp_path: Path) -> None:
     go(tmp_path, *EAGER, train__stop_after=2, resume="never")
     assert go(tmp_path, *EAGER, train__stop_after=3, resume="must").step == 3
+
+
+def test_a_run_goes_on_in_its_own_precision_on_another_device(
+    go: Go, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perf, "default_precision", lambda hardware: "bfloat16")
+    go(tmp_path / "run", *EAGER, train__precision=None, train__stop_after=1)
+    monkeypatch.setattr(perf, "default_precision", lambda hardware: "float16")
+    go(tmp_path / "run", *EAGER, train__precision=None, train__stop_after=2)
+    assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == "bfloat16"
+    assert go(tmp_path / "run", *EAGER, train__precision="bfloat16", train__stop_after=3).step == 3
+    assert "holds a run with --train.precision bfloat16, now float32" in refused(*EAGER)
 
 
 def test_a_sample_leaves_out_ids_that_the_tokenizer_lacks(go: Go, tmp_path: Path) -> None:
