@@ -694,17 +694,37 @@ class Tokenizer:
 """
 
 
-def test_a_fast_tokenizer_that_differs_is_given_up_loudly(documents, tmp_path):
-    source = write_json_lines(tmp_path / "a.jsonl", documents)
+@pytest.fixture
+def with_wrong_fastokens(tmp_path) -> dict[str, str]:
+    """The environment of a process that finds FAKE_FASTOKENS installed."""
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "fastokens.py").write_text(FAKE_FASTOKENS)
     path = os.pathsep.join([str(tmp_path / "fake"), os.environ.get("PYTHONPATH", ""), os.getcwd()])
+    return os.environ | {"PYTHONPATH": path}
+
+
+def test_a_fast_tokenizer_that_differs_is_given_up_loudly(documents, tmp_path, with_wrong_fastokens):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
     flags = ("--val-fraction", FRACTION, "--split-seed", SEED)
-    process = started(source, "--out", tmp_path / "out", *flags, env=os.environ | {"PYTHONPATH": path})
+    process = started(source, "--out", tmp_path / "out", *flags, env=with_wrong_fastokens)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "warning: fastokens disagrees with tiktoken on this input" in errors
     assert files_of(tmp_path / "out") == plain_loop(documents)
+
+
+def test_what_is_piped_in_is_not_read_on_by_another_tokenizer(documents, tmp_path, with_wrong_fastokens):
+    """Its first documents are gone."""
+    with write_json_lines(tmp_path / "a.jsonl", documents).open() as stream:
+        process = started("-", "--out", tmp_path / "out", env=with_wrong_fastokens, stdin=stream)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == (
+        "error: fastokens disagrees with tiktoken on this input (other ids for the same text), expected the "
+        "same ids, and standard input cannot be read a second time; pipe it in again with --engine tiktoken, "
+        "which is slower"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_fastokens_gives_the_ids_of_tiktoken(documents):

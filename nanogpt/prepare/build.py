@@ -225,10 +225,14 @@ def encode(config: PrepareConfig, source: Source, tokenizer: Tokenizer, journal:
     try:
         return encode_with(job, config, source, journal)
     except EnginesDifferError as error:
-        sys.stderr.write(
-            f"warning: {journal.engine} disagrees with tiktoken on this input ({error}); "
-            "everything is done again with tiktoken, which is slower\n"
-        )
+        what = f"{journal.engine} disagrees with tiktoken on this input ({error})"
+        if not source.repeatable:
+            journal.remove()
+            raise UserError(
+                f"{what}, expected the same ids, and {source.name} cannot be read a second time; "
+                "pipe it in again with --engine tiktoken, which is slower"
+            ) from error
+        sys.stderr.write(f"warning: {what}; everything is done again with tiktoken, which is slower\n")
         journal.start_anew("tiktoken")
         return encode_with(replace(job, engine="tiktoken"), config, source, journal)
 

@@ -58,12 +58,17 @@ class Source:
     """Of the text in them, about."""
     identity: Any
     """JSON that changes when the content does, as far as sizes and times tell; None for a stream."""
+    repeatable: bool = True
+    """Whether `shards` may be called again: a stream that is not held in memory goes on where it stopped."""
     tail: float | None = None
     """The fraction at the end of a single text that validates; None where documents are drawn."""
     parts: Callable[[], Iterator[tuple[Part, int]]]
 
     def shards(self) -> Iterator[Shard]:
-        """The parts in order, the same ones in each call. Raises UserError where the source went away."""
+        """The parts in order, the same ones in each call where `repeatable`.
+
+        Raises UserError where the source went away.
+        """
         try:
             for index, (part, source_bytes) in enumerate(self.parts()):
                 yield Shard(index, source_bytes, part)
@@ -202,6 +207,7 @@ def standard_input(stream: BufferedReader, options: Options) -> Source:
         source_bytes=None,
         text_bytes=None,
         identity=None,
+        repeatable=False,
         parts=lambda: ((part, 0) for part in blocks),
     )
 
