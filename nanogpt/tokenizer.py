@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,8 @@ from nanogpt.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 2**16
 """Token files hold uint16."""
+BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""Unicode's White_Space, which `\\s` is to tiktoken."""
 
 
 @runtime_checkable
@@ -83,10 +86,14 @@ class BytePairs:
 
     def encode_array(self, text: str) -> np.ndarray:
         try:
-            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+            return self._encode(text)
         except UnicodeEncodeError:
-            ids = self.encoding.encode_to_numpy(without_surrogates(text), disallowed_special=())
-        return ids.astype(np.uint16)
+            return self.encode_array(without_surrogates(text))
+        except ValueError:  # tiktoken goes back over blanks before a word, and no further than a million
+            return np.concatenate([self._encode(piece) for piece in cut_in_blanks(text)])
+
+    def _encode(self, text: str) -> np.ndarray:
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
@@ -172,6 +179,14 @@ def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
             f"{tokenizer.describe()['sha256']}; prepare the data again with this version"
         )
     return tokenizer
+
+
+def cut_in_blanks(text: str) -> list[str]:
+    """`text` in pieces whose ids, one after the other, are its own: cut where GPT-2's pattern always cuts.
+
+    That is before the last of several blanks, which goes with the word after it.
+    """
+    return re.split(f"(?<=[{BLANK}])(?=[{BLANK}][^{BLANK}])", text)
 
 
 def without_surrogates(text: str) -> str:

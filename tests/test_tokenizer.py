@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanogpt.byte_pairs import byte_alphabet
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import END_OF_TEXT, characters, gpt2, tokenizer_from
+from nanogpt.tokenizer import END_OF_TEXT, characters, cut_in_blanks, gpt2, tokenizer_from
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,21 @@ def test_a_lone_surrogate_is_encoded_as_the_replacement_character_and_a_pair_as_
     assert gpt2().encode("a\ud800") == gpt2().encode("a\ufffd")
     assert gpt2().encode("\ud83d\ude00") == gpt2().encode("😀")
     assert characters("a\ud800").decode([1]) == "\ufffd"
+
+
+def test_a_million_blanks_before_a_word_are_encoded_although_tiktoken_gives_up():
+    blanks = " " * 1_000_000
+    pieces = ["a", blanks, " b\ufffd", f"\n {blanks}"]
+    ids = [i for piece in pieces for i in gpt2().encode(piece)]
+    assert gpt2().encode(f"a {blanks}b\ud800\n {blanks}") == ids
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text("\t\n\x0b\x0c\r\x1c \x85\xa0\u1680\u180e\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u3000a'1."))
+def test_a_text_cut_in_its_blanks_has_the_same_ids(text: str):
+    pieces = cut_in_blanks(text)
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in gpt2().encode(piece)] == gpt2().encode(text)
 
 
 @settings(deadline=None, max_examples=50)

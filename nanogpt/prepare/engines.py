@@ -75,7 +75,7 @@ def fastokens_encoder() -> Encode:
             ids, offsets = fast.encode_batch_flat(list(texts))
         except UnicodeEncodeError:
             ids, offsets = fast.encode_batch_flat([without_surrogates(text) for text in texts])
-        except (ValueError, RuntimeError) as error:  # a limit of its own: tiktoken knows none
+        except (ValueError, RuntimeError) as error:  # a limit of its own: the reference has none
             raise EnginesDifferError(str(error)) from error
         lengths = np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
         return np.frombuffer(ids, np.uint32).astype(np.uint16), lengths
