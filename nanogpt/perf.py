@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from nanogpt.cores import usable_cores
 from nanogpt.errors import UserError
 from nanogpt.units import format_bytes
 
@@ -84,7 +85,7 @@ def flops_per_token(config: Shape, block_size: int) -> int:
 
 def detect(device: torch.device) -> Hardware:
     """What `device` is and how much memory is free on it right now."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         capability = torch.cuda.get_device_capability(device)

@@ -117,6 +117,15 @@ def test_files_equal_a_plain_tiktoken_loop_for_any_number_of_workers(workers, do
     assert prepared(source, tmp_path / "out", "--workers", workers) == plain_loop(documents)
 
 
+def test_a_system_without_the_calls_of_linux_gives_the_same_files(documents, tmp_path, monkeypatch):
+    for name in ("sched_getaffinity", "fdatasync"):
+        monkeypatch.delattr(os, name, raising=False)
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    split = ("--val-fraction", FRACTION, "--split-seed", SEED)
+    assert run(source, "--out", tmp_path / "out", *split, "--engine", "tiktoken") == 0
+    assert files_of(tmp_path / "out") == plain_loop(documents)
+
+
 def test_the_fastest_tokenizer_that_is_installed_gives_the_same_files(documents, tmp_path):
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     assert prepared(source, tmp_path / "out", "--engine", "auto") == plain_loop(documents)
@@ -148,7 +157,7 @@ def test_what_the_disk_says_to_an_early_flush_is_not_lost(tmp_path, monkeypatch)
         monkeypatch.undo()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "fdatasync", fails_once)
+    monkeypatch.setattr(os, "fsync", fails_once)
     with ThreadPoolExecutor(1) as helpers:
         file = TokenFile(tmp_path / "partial", helpers)
         file.append(np.zeros(4, np.uint16), 1)

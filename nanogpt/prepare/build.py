@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt import __version__
+from nanogpt.cores import usable_cores
 from nanogpt.errors import UserError
 from nanogpt.prepare.config import SPLIT_FRACTION, Options, PrepareConfig, choose_engine
 from nanogpt.prepare.engines import EnginesDifferError
@@ -240,7 +241,7 @@ def encode(config: PrepareConfig, source: Source, tokenizer: Tokenizer, journal:
 def encode_with(job: Job, config: PrepareConfig, source: Source, journal: Journal) -> list[Record]:
     """The same, by one engine. Raises UserError at the first bad document that is needed."""
     progress = Progress(source.source_bytes, engine=job.engine, kept=journal.records)
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or usable_cores()
     records: list[Record] = []
     documents = 0
     for record in encode_all(source.shards(), job, workers, dict(journal.records)):
@@ -306,7 +307,7 @@ class TokenFile:
         self._file.write(ids.data)
         if self._sent is None or self._sent.done():
             self._check_sent()
-            self._sent = self._helpers.submit(os.fdatasync, self._file.fileno())
+            self._sent = self._helpers.submit(os.fsync, self._file.fileno())
         self.tokens += ids.size
         self.documents += documents
         self.max_token_id = max(self.max_token_id, int(ids.max(initial=0)))
