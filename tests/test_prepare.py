@@ -373,6 +373,21 @@ def test_a_finished_folder_is_left_as_it_is(documents, tmp_path):
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").iterdir())] == times
 
 
+@pytest.mark.parametrize("out", ["tokens", ".", "..", "tokens/deep"])
+def test_the_folder_for_the_files_may_lie_in_the_source(out: str, documents, tmp_path, capsys):
+    source, target = tmp_path / "in", tmp_path / "in" / out
+    source.mkdir()
+    write_json_lines(source / "a.jsonl", documents)
+    (source / "b.jsonl").write_text("{broken\n")
+    for _ in range(2):
+        assert "b.jsonl line 1 is not JSON" in error_of(capsys, source, "--out", target)
+    prepared(source, target, "--skip-bad")
+    before = (target / "manifest.json").stat().st_mtime_ns
+    assert prepared(source, target, "--skip-bad") == plain_loop(documents)
+    assert (target / "manifest.json").stat().st_mtime_ns == before
+    assert "warning: " not in capsys.readouterr().err  # as of a source that has changed
+
+
 @pytest.fixture
 def broken_at_the_end(documents, tmp_path) -> Path:
     """JSON lines of which the last is broken, so that a run stops after its first shards are finished."""

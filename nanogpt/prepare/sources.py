@@ -12,6 +12,7 @@ from typing import Any, cast
 from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import SHAKESPEARE, TAIL_FRACTION
 from nanogpt.prepare.config import Options
+from nanogpt.prepare.manifest import file_name
 from nanogpt.prepare.readers import (
     BLOCK_BYTES,
     DAMAGED,
@@ -141,7 +142,7 @@ def parquet_parts(names: Iterable[str], *, cached: bool) -> Iterator[tuple[Part,
 def local_source(name: str, options: Options) -> Source:
     """A file, or a folder of files of one kind, in the order of their paths."""
     root = Path(name)
-    paths = sorted(p for p in root.rglob("*") if p.is_file() and kind_of(p)) if root.is_dir() else [root]
+    paths = files_below(root) if root.is_dir() else [root]
     kinds = {kind_of(path) or TEXT for path in paths}
     if len(kinds) != 1:
         found = " and ".join(sorted(kinds)) or "no file of these"
@@ -161,6 +162,20 @@ def local_source(name: str, options: Options) -> Source:
         identity=[file_identity(path) for path in paths],
         parts=lambda: local_parts(paths, kind, options),
     )
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a known kind, in the order of their paths; none of hidden folders.
+
+    And none that `prepare` wrote, so that `--out` may lie in `folder`.
+    """
+
+    def is_source(path: Path) -> bool:
+        hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
+        prepared = path.name == "manifest.json" and path.with_name(file_name("train")).exists()
+        return kind_of(path) is not None and not hidden and not prepared and path.is_file()
+
+    return sorted(filter(is_source, folder.rglob("*")))
 
 
 def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tuple[Part, int]]:
