@@ -644,6 +644,75 @@ def test_a_mistake_on_the_command_line_is_one_sentence(flags, message, tmp_path,
     assert message in error_of(capsys, *arguments, "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ("a.txt", ["--limit", 5], "got --limit for {}, a single text, expected documents; leave it out"),
+        ("a.txt", ["--split-seed", 5], "got --split-seed for {}, a single text, expected documents; leave"),
+        (
+            "a.txt",
+            ["--text-column", "body"],
+            "--text-column for {}, a single text, expected rows with columns",
+        ),
+        (
+            "a.txt",
+            ["--separator", "%", "--text-column", "body"],
+            "got --text-column for {}, text, expected rows",
+        ),
+        (
+            "a.jsonl",
+            ["--separator", "%"],
+            "got --separator for {}, JSON lines, expected text files or text piped",
+        ),
+        (
+            "a.parquet",
+            ["--separator", "%"],
+            "got --separator for {}, parquet, expected text files or text piped",
+        ),
+        (
+            "shakespeare",
+            ["--separator", "%"],
+            "got --separator for shakespeare, a single text, expected text f",
+        ),
+        (
+            "a.jsonl",
+            ["--revision", "main"],
+            "got --revision for {}, JSON lines, expected a data set of the hub",
+        ),
+        (
+            "a.parquet",
+            ["--config", "small"],
+            "got --config for {}, parquet, expected a data set of the hub; lea",
+        ),
+        (
+            "shakespeare",
+            ["--split", "test"],
+            "got --split for shakespeare, a single text, expected a data set",
+        ),
+        (
+            "a.parquet",
+            ["--cached"],
+            "got --cached for {}, parquet, expected a data set of the hub; leave it out",
+        ),
+        (
+            "-",
+            ["--cached"],
+            "got --cached for standard input, JSON lines, expected a data set of the hub; leave",
+        ),
+    ],
+)
+def test_a_flag_that_would_do_nothing_for_the_source_is_refused(
+    source, flags, message, tmp_path, capsys, monkeypatch
+):
+    data = write_json_lines(tmp_path / "a.jsonl", ["one", "two"]).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+    (tmp_path / "a.txt").write_text("a text")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
+    source = tmp_path / source if "." in source else source
+    assert message.format(source) in error_of(capsys, source, "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_goes_away_is_one_sentence(documents, tmp_path):
     (tmp_path / "in").mkdir()
     write_json_lines(tmp_path / "in" / "a.jsonl", documents)

@@ -40,7 +40,7 @@ from nanogpt.prepare.manifest import (
 from nanogpt.prepare.progress import Progress
 from nanogpt.prepare.readers import Bad
 from nanogpt.prepare.shards import Job, Record, encode_all, read_shard, readable
-from nanogpt.prepare.sources import Source, find_source
+from nanogpt.prepare.sources import NEEDS, Source, find_source
 from nanogpt.tokenizer import Tokenizer, characters, gpt2
 from nanogpt.units import format_bytes
 
@@ -66,8 +66,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 def prepare_files(config: PrepareConfig) -> Manifest:
     """The same, while an OSError is one of the output: all that read the source raise UserError."""
     source = find_source(config.source, with_known_revision(config))
-    if source.tail is not None and config.limit is not None:
-        raise UserError(f"got --limit for {source.name}, a single text, expected documents; leave it out")
+    check_flags(config, source)
     settings = settings_of(config, source)
     if finished := finished_manifest(config, source, settings):
         return finished
@@ -96,6 +95,18 @@ def prepare_files(config: PrepareConfig) -> Manifest:
         write_manifest(config.out, manifest)
         journal.remove()
     return manifest
+
+
+def check_flags(config: PrepareConfig, source: Source) -> None:
+    """Raises UserError at a flag that is set and means nothing for `source`."""
+    usual = PrepareConfig(source=config.source, out=config.out)
+    values, defaults = ({**vars(each), **vars(each.options)} for each in (config, usual))
+    for name, (needed, kinds) in NEEDS.items():
+        if values[name] != defaults[name] and source.kind not in kinds:
+            raise UserError(
+                f"got --{name.replace('_', '-')} for {source.name}, {source.kind}, expected {needed}; "
+                "leave it out"
+            )
 
 
 def job_settings(source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:

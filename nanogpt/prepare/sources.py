@@ -37,7 +37,16 @@ COMPRESSIONS = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0}
 """Bytes of text to a byte of file, about: for the check of disk space and the time left."""
 PARQUET_RATIO = 1.8
 JSON_LINES, PARQUET, TEXT = "JSON lines", "parquet", "text"
+SINGLE_TEXT, HUB = "a single text", "a data set of the hub"
 KINDS = {".parquet": PARQUET, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".json": JSON_LINES, ".txt": TEXT}
+NEEDS = {
+    "limit": ("documents", {JSON_LINES, PARQUET, TEXT, HUB}),
+    "split_seed": ("documents", {JSON_LINES, PARQUET, TEXT, HUB}),
+    "text_column": ("rows with columns or fields", {JSON_LINES, PARQUET, HUB}),
+    "separator": ("text files or text piped in", {TEXT}),
+    **dict.fromkeys(("revision", "config", "split", "cached"), (HUB, {HUB})),
+}
+"""What a flag is about, and the kinds of sources that have it: to others the flag would do nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Shard:
 @dataclass(frozen=True, kw_only=True)
 class Source:
     name: str
+    kind: str
+    """JSON_LINES, PARQUET, TEXT for texts that are documents, SINGLE_TEXT or HUB."""
     revision: str | None = None
     source_bytes: int | None
     """Of all files, as they lie; None where nobody knows."""
@@ -123,6 +134,7 @@ def hub_source(name: str, options: Options) -> Source:
 
     return Source(
         name=full_name,
+        kind=HUB,
         revision=files.revision,
         source_bytes=sum(files.sizes),
         text_bytes=int(PARQUET_RATIO * sum(files.sizes)),
@@ -157,6 +169,7 @@ def local_source(name: str, options: Options) -> Source:
     ratio = {path: PARQUET_RATIO if kind == PARQUET else COMPRESSIONS.get(path.suffix, 1.0) for path in paths}
     return Source(
         name=name,
+        kind=kind,
         source_bytes=sum(sizes.values()),
         text_bytes=int(sum(ratio[path] * sizes[path] for path in paths)),
         identity=[file_identity(path) for path in paths],
@@ -200,6 +213,7 @@ def single_text(
     part = Texts((path,), data, fraction or None)
     return Source(
         name=name or path,
+        kind=SINGLE_TEXT,
         source_bytes=size,
         text_bytes=int(size * COMPRESSIONS.get(Path(path).suffix, 1.0)),
         identity=file_identity(Path(path)) if data is None else None,
@@ -212,13 +226,14 @@ def standard_input(stream: BufferedReader, options: Options) -> Source:
     """JSON lines where the first character is `{`, else text: one, or with a separator many."""
     name = "standard input"
     if options.separator is not None:
-        blocks = stream_blocks(stream, name, options.separator)
+        kind, blocks = TEXT, stream_blocks(stream, name, options.separator)
     elif stream.peek(1).lstrip().startswith(b"{"):
-        blocks = stream_blocks(stream, name, None)
+        kind, blocks = JSON_LINES, stream_blocks(stream, name, None)
     else:
         return single_text(name, stream.read(), options, TAIL_FRACTION)
     return Source(
         name=name,
+        kind=kind,
         source_bytes=None,
         text_bytes=None,
         identity=None,
