@@ -28,6 +28,12 @@ compute dtype: input 1, q k v 3, attention output 1, residual 1, hidden layer be
 SAVED_PER_EAGER_LAYER = 16
 """What an eager one keeps, and on a GPU any: besides these both norms 2, hidden layer after GELU 4."""
 
+BYTES_PER_DROPPED, BYTES_PER_EAGERLY_DROPPED = 2, 10
+"""What a block with dropout keeps of an attention probability beside one number (eagerly two): the mask, and
+what comes of drawing it. Fused attention has no dropout, so all T x T of a head exist."""
+BYTES_PER_DRAWN = 8
+"""What the block at work holds of each besides."""
+
 NUMBERS_PER_LOGIT = 2
 """What a compiled chunk of the loss holds, in the compute dtype: the logit and its gradient."""
 
@@ -49,6 +55,8 @@ class Shape(Protocol):
     def n_head(self) -> int: ...
     @property
     def n_embd(self) -> int: ...
+    @property
+    def dropout(self) -> float: ...
 
 
 class Hardware(NamedTuple):
@@ -212,6 +220,7 @@ def memory_plan(
     computes. Activations are what backward needs of `batch_size` sequences of `block_size` tokens:
     SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` or on "cuda" SAVED_PER_EAGER_LAYER;
     one fp32 log-sum-exp a head (no T x T matrix: attention is fused), and the last norm's input and output.
+    With dropout the T x T matrices of all blocks are there, as BYTES_PER_DROPPED and those below it say.
     Logits are those of one chunk of the loss: NUMBERS_PER_LOGIT, or BYTES_PER_EAGER_LOGIT.
     """
     number = 4 if precision == "float32" else 2
@@ -220,6 +229,9 @@ def memory_plan(
     saved = SAVED_PER_LAYER if compile and device_type != "cuda" else SAVED_PER_EAGER_LAYER
     logit = NUMBERS_PER_LOGIT * number if compile else BYTES_PER_EAGER_LOGIT
     per_layer = saved * config.n_embd * number + 4 * config.n_head
+    dropped = number + BYTES_PER_DROPPED if compile else 2 * number + BYTES_PER_EAGERLY_DROPPED
+    probabilities = config.n_head * block_size if config.dropout else 0
+    kept = config.n_layer * (per_layer + probabilities * dropped) + probabilities * BYTES_PER_DRAWN
     own = math.ceil(parameters / shards)
     narrow = config.vocab_size * config.n_embd if compile and shards == 1 else parameter_count(config)
     copied = number * narrow if shards > 1 or precision != "float32" else 0
@@ -229,7 +241,7 @@ def memory_plan(
         "optimizer state": optimizer_slots * own,
         "gradients": parameters + summed + (own if shards > 1 else 0),
         "compute copy": copied,
-        "activations": tokens * (config.n_layer * per_layer + 2 * config.n_embd * number),
+        "activations": tokens * (kept + 2 * config.n_embd * number),
         "logits": min(loss_chunk_tokens, tokens) * config.vocab_size * logit,
     }
     return plan | {"total": sum(plan.values())}
