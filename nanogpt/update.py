@@ -83,7 +83,7 @@ def make_update_by_leaf(
         numbers = numbers_of(old[1], params)
         own_old = sharding.local(old)
         flat = tree.map(in_a_row, own_old)
-        flat_grads = tree.map(in_a_row, sharding.local(grads))
+        flat_grads = tree.map(lambda leaf: in_a_row(leaf.contiguous()), sharding.local(grads))
         parts = tree.split((numbers, flat_grads, flat[1], flat[0]), params)
         # What is no slot, a count, goes on once, beside an element that nobody keeps, not with each leaf.
         beside = tree.map(lambda part: part[:1].clone() if part.ndim else part, next(iter(parts.values())))

@@ -111,6 +111,16 @@ def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
         update(params, torch.ones(()), adamw(0.1).init(params), params)
 
 
+def test_a_gradient_may_have_any_layout() -> None:
+    """As on MPS, where a product's gradient comes transposed."""
+    update, params, grads = make_update(adamw(0.1), donate=False, compile=False), params_of(), grads_of(0)
+    turned = {name: leaf.t().contiguous().t() if leaf.ndim == 2 else leaf for name, leaf in grads.items()}
+    assert not all(leaf.is_contiguous() for leaf in turned.values())
+    new, _ = update(turned, torch.ones(()), adamw(0.1).init(params), params)
+    expected, _ = update(grads, torch.ones(()), adamw(0.1).init(params), params)
+    assert all(map(torch.equal, tree.leaves(new), tree.leaves(expected)))
+
+
 def test_a_loss_scale_inside_of_a_chain_is_refused() -> None:
     with pytest.raises(UserError, match="wrap the whole chain in it"):
         chain(clip_by_global_norm(1.0), dynamic_loss_scale(adamw(0.1))).init(params_of())
