@@ -93,12 +93,13 @@ class TrainConfig:
     """"cuda", "cpu" or "mps"; None takes the GPU where there is one."""
     precision: Literal["bfloat16", "float16", "float32"] | None = None
     """What is multiplied in (master weights stay float32); None takes bfloat16 where the device is fast at
-    it, else float16 on a GPU, else float32."""
+    it, else float16 on a GPU, else float32, and a run that goes on keeps what it began with."""
     compile: bool = True
     """Compile the step: one block's graph serves all layers. Without, the same code runs eagerly, at once."""
     attention: Attention = "auto"
     """Which attention kernel to use: one of PyTorch's, or batched products; auto is PyTorch's choice, but
-    products where they are faster: compiled, in bfloat16, on a CPU with AVX-512's bfloat16 and no AMX."""
+    products where they are faster: compiled, in bfloat16, on a CPU with AVX-512's bfloat16 and no AMX. With
+    dropout there is no choice: auto or math."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.max_steps <= MOST_STEPS:

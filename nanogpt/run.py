@@ -148,14 +148,10 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
     """What `config` comes to on this machine; says what it changes. Raises UserError for what cannot be
     run, on all ranks if on one."""
     hardware = perf.detect(choose_device(config.train.device, team.world))
-    if hardware.device.type == "cpu" and config.train.attention in ("cudnn", "efficient"):
-        raise UserError(
-            f"a CPU has no {config.train.attention} attention, expected auto, flash or math; set "
-            f"--train.attention"
-        )
     if hardware.device.type == "cpu":  # the processes of a machine share it
         hardware = hardware._replace(available_bytes=hardware.available_bytes // team.world.local_size)
     precision = config.train.precision or saved_precision(checkpointer) or perf.default_precision(hardware)
+    check_attention(config, hardware.device.type, precision)
     shape = sharding.mesh_shape(
         shard=config.mesh.shard,
         replicate=config.mesh.replicate,
@@ -176,6 +172,25 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
         console.message(cut_in_words(wanted, spec, hardware.name))
     peak_flops, source = perf.peak_flops(hardware, precision)
     return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
+
+
+def check_attention(config: RunConfig, device_type: str, precision: Precision) -> None:
+    """Raises UserError where --train.attention names a kernel that these runs do not have."""
+    kernel = config.train.attention
+    if device_type == "cpu" and kernel in ("cudnn", "efficient"):
+        raise UserError(
+            f"a CPU has no {kernel} attention, expected auto, flash or math; set --train.attention"
+        )
+    if device_type == "cuda" and kernel in ("cudnn", "flash") and precision == "float32":
+        raise UserError(
+            f"{kernel} attention has no float32, expected auto, efficient or math; set --train.attention or "
+            "--train.precision"
+        )
+    if config.model.dropout and kernel not in ("auto", "math"):
+        raise UserError(
+            f"{kernel} attention has no dropout and --model.dropout is {config.model.dropout}, expected auto "
+            "or math; set --train.attention"
+        )
 
 
 def saved_precision(checkpointer: Checkpointer) -> Precision | None:

@@ -27,13 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt import loop, perf, tree
 from nanogpt.checkpoint import Checkpointer
-from nanogpt.config import DataConfig, RunConfig
+from nanogpt.config import DataConfig, RunConfig, TrainConfig
 from nanogpt.data import BatchSpec
 from nanogpt.errors import UserError
 from nanogpt.loop import RunResult, check_finite
 from nanogpt.model import GPT2Config
 from nanogpt.optim import warmup_cosine
-from nanogpt.run import cut_in_words, fit, main, make_optimizer, smaller_microsteps
+from nanogpt.run import check_attention, cut_in_words, fit, main, make_optimizer, smaller_microsteps
 from nanogpt.tracker import read_metrics
 from nanogpt.train import init_state
 
@@ -244,6 +244,13 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert Checkpointer(tmp_path / "checkpoints").latest() == 1
+
+
+def test_a_kernel_without_float32_is_refused_on_a_gpu() -> None:
+    config = RunConfig(train=TrainConfig(attention="flash"))
+    check_attention(config, "cuda", "bfloat16")
+    with pytest.raises(UserError, match="flash attention has no float32, expected auto, efficient or math"):
+        check_attention(config, "cuda", "float32")
 
 
 def test_samples_of_two_steps_are_two_draws_and_the_best_checkpoint_stays(go: Go, tmp_path: Path) -> None:
@@ -488,6 +495,7 @@ def test_a_sample_that_fails_costs_no_state(go: Go, tmp_path: Path, monkeypatch:
         ({"train__seed": 2**63}, "the seed is 9223372036854775808"),
         ({"train__max_steps": 10**20}, "max steps is 100000000000000000000"),
         ({"train__attention": "cudnn"}, "a CPU has no cudnn attention"),
+        ({"train__attention": "flash"}, "flash attention has no dropout and --model.dropout is 0.1"),
         ({"run_dir": Path("/tmp") / ("x" * 300)}, "File name too long"),
     ],
 )
