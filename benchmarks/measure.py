@@ -101,9 +101,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def choose_device(device: str | None) -> str:
-    """`device`, or the GPU where there is one. Raises UserError where there is none and one is wanted."""
-    if device not in (None, "cpu") and not torch.cuda.is_available():
-        raise UserError(f"no device {device} on this machine; set --device cpu")
+    """ "cpu" or "cuda": `device`, or the GPU where there is one. Raises UserError for any other, and where
+    there is no GPU and one is wanted."""
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"device is {device!r}, expected cpu or cuda; set --device, and CUDA_VISIBLE_DEVICES to the "
+            "number of one of several GPUs"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no device cuda on this machine; set --device cpu")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -292,7 +292,7 @@ def run_as_rank(here: World) -> None:
     """This process's side of a job of torchrun's; rank 0 prints."""
     with Team(here) as team:
         config = team.together(lambda: check_sharded(tyro.cli(ThroughputConfig)))
-        device_type = torch.device(choose_device(config.device)).type
+        device_type = choose_device(config.device)
         with team.connected(device_type, timeout_s=COLLECTIVE_LIMIT_S):
             result = benchmark_sharded(replace(config, device=device_type), here)
         if here.rank == 0:

@@ -29,7 +29,7 @@ from benchmarks import (
     throughput,
 )
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
-from benchmarks.measure import read_json, spread, table
+from benchmarks.measure import choose_device, read_json, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Memory, Started, Worker, WorkerError
 from nanogpt import perf
@@ -482,6 +482,12 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         (lambda: sharding.ShardingConfig(saves=1), "10 turns and 1 saves, expected at least 2; set --turns"),
         (lambda: sharding.ShardingConfig(check=True), "--check without --dry-run, expected both or none"),
         (lambda: data.DataBenchmark(rounds=0), "0 rounds, expected at least 1; set --rounds"),
+        (lambda: choose_device("cuda"), "no device cuda on this machine; set --device cpu"),
+        (
+            lambda: choose_device("cuda:1"),
+            "device is 'cuda:1', expected cpu or cuda; set --device, and CUDA_VISIBLE_DEVICES to the number of",
+        ),
+        (lambda: choose_device("gpu"), "device is 'gpu', expected cpu or cuda"),
         (
             lambda: report.ReportConfig(only=("all",)),
             "no benchmark is called 'all', expected some of throughput",
