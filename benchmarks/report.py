@@ -67,17 +67,19 @@ COMMANDS = {
         "predict": "",
     },
     "cuda": {
-        "throughput": "--device cuda --batch-size 64 32 16 --attention auto flash --steps 20 --starts",
-        "peers": "--device cuda --batch-size 64 --block-size 1024 --turns 10",
-        "limit": "--device cuda --batch-size 64 --block-size 1024",
+        "throughput": "--batch-size 64 32 16 --attention auto flash --steps 20 --starts",
+        "peers": "--batch-size 64 --block-size 1024 --turns 10",
+        "limit": "--batch-size 64 --block-size 1024",
         "data": "",
         "prepare": "",
-        "parts": "--device cuda --tokens 65536",
+        "parts": "--tokens 65536",
         "sharding": "",
         "predict": "--measured {json}",
     },
 }
-"""Arguments of each benchmark by device; {json} is the report so far."""
+"""Arguments of each benchmark by device, which is named before them; {json} is the report so far."""
+ON_A_DEVICE = ("throughput", "peers", "limit", "parts")
+"""Benchmarks that have --device; the others are the CPU's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +142,15 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
         about = old.get("facts", about)
     device = about["device"]
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
-    usual = COMMANDS[kind] | config.own_arguments
+    usual = dict.fromkeys(TITLES, "--quick") if config.quick else COMMANDS[kind]
+    given = usual | config.own_arguments
     results = dict(old.get("results", {}))
     report = {"benchmark": "report", "facts": about, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in config.only:
-        arguments = "--quick" if config.quick else usual[name].replace("{json}", os.path.relpath(path))
+        arguments = given[name].replace("{json}", os.path.relpath(path))
+        if name in ON_A_DEVICE:
+            arguments = f"--device {device} {arguments}".strip()
         results[name] = run_benchmark(name, arguments)
         path.write_text(json.dumps(report))
     return report

@@ -365,6 +365,25 @@ def test_predictions_made_elsewhere_leave_the_report_that_of_its_machine(
     assert report.measure(report.ReportConfig(only=("peers", "predict")), here, path)["facts"] == here
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_report_measures_the_device_that_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    commands: dict[str, str] = {}
+    monkeypatch.setattr(
+        report, "run_benchmark", lambda name, arguments: commands.update({name: arguments}) or {}
+    )
+    for device in ("cpu", "cuda"):  # a CPU's report may be made where there is a GPU as well
+        config = report.ReportConfig(quick=quick, arguments=("data --rounds 1",))
+        report.measure(config, {"device": device, "bf16_fast": True}, tmp_path / f"{device}.json")
+        named = {name for name, arguments in commands.items() if f"--device {device}" in arguments}
+        assert named == {"throughput", "peers", "limit", "parts"}
+        assert [name for name in commands if "--quick" in commands[name]] == [
+            name for name in report.TITLES if quick and name != "data"
+        ]
+        assert commands["data"] == "--rounds 1"
+
+
 def test_a_benchmark_of_a_report_can_be_given_other_arguments() -> None:
     texts = ("peers --turns 6 --device cuda", "data --quick")
     config = tyro.cli(report.ReportConfig, args=["--arguments", *texts])
