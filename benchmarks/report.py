@@ -78,6 +78,8 @@ COMMANDS = {
     },
 }
 """Arguments of each benchmark by device, which is named before them; {json} is the report so far."""
+SAME_MACHINE = ("device", "hardware", "cores", "bf16_fast")
+"""Facts that all that is measured in a report has in common."""
 ON_A_DEVICE = ("throughput", "peers", "limit", "parts")
 """Benchmarks that have --device; the others are the CPU's."""
 
@@ -87,7 +89,8 @@ class ReportConfig:
     """Measure everything and write a report."""
 
     name: str | None = None
-    """Name of the files; None makes one from the hardware."""
+    """Name of the files; None makes one from the hardware, with -bf16 where a CPU multiplies that fast, and
+    -quick where --quick is set."""
     out: Path = REPORTS
     """Folder to write to."""
     only: tuple[str, ...] = tuple(TITLES)
@@ -136,7 +139,8 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
 def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str, Any]:
     """The report's JSON: results by benchmark, on top of what an older report had. It is in `path` after each
     of them, for those that read it and for whoever stops the rest. Predictions measure nothing, so made again
-    elsewhere they leave the report that of the machine that it was measured on."""
+    elsewhere they leave the report that of the machine that it was measured on. Raises UserError where
+    another machine's results would stay beside this one's."""
     old = read_json(path) if path.exists() else {}
     if config.only == ("predict",):
         about = old.get("facts", about)
@@ -144,7 +148,7 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
     usual = dict.fromkeys(TITLES, "--quick") if config.quick else COMMANDS[kind]
     given = usual | config.own_arguments
-    results = dict(old.get("results", {}))
+    results = results_of_the_same_machine(old, about, config, path)
     report = {"benchmark": "report", "facts": about, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in config.only:
@@ -156,10 +160,31 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     return report
 
 
-def name_of(about: dict[str, Any]) -> str:
+def results_of_the_same_machine(
+    old: dict[str, Any], about: dict[str, Any], config: ReportConfig, path: Path
+) -> dict[str, Any]:
+    """What an older report has; nothing of one of another machine, all of which is measured anew. Raises
+    UserError where some of that is not."""
+    results, facts_then = dict(old.get("results", {})), old.get("facts", about)
+    differing = [key for key in SAME_MACHINE if facts_then.get(key) != about.get(key)]
+    if not differing:
+        return results
+    if kept := results.keys() - set(config.only):
+        raise UserError(
+            f"{path} has {', '.join(f'{key} {facts_then.get(key)}' for key in differing)}, expected "
+            f"{', '.join(f'{key} {about.get(key)}' for key in differing)} as here, since its "
+            f"{', '.join(sorted(kept))} would stay; set another --name, or leave --only out"
+        )
+    return {}
+
+
+def name_of(about: dict[str, Any], *, quick: bool = False) -> str:
     """A file name from the hardware: "cpu-2-cores-amd-epyc"."""
-    kind = f"cpu-{about['cores']}-cores" if about["device"] == "cpu" else "gpu"
-    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {about['hardware']}".lower()).strip("-")
+    is_cpu = about["device"] == "cpu"
+    kind = f"cpu-{about['cores']}-cores" if is_cpu else "gpu"
+    bf16 = "bf16" if is_cpu and about["bf16_fast"] else ""
+    words = f"{kind} {about['hardware']} {bf16} {'quick' if quick else ''}"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def sections_of(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -274,7 +299,7 @@ def main() -> None:
             report, name, folder = read_json(config.render), config.render.stem, config.render.parent
         else:
             about, folder = facts(choose_device(config.device)), config.out
-            name = config.name or name_of(about)
+            name = config.name or name_of(about, quick=config.quick)
             report = measure(config, about, folder / f"{name}.json")
         paths = write(report, folder, name)
     for path in paths:

@@ -362,7 +362,53 @@ def test_predictions_made_elsewhere_leave_the_report_that_of_its_machine(
     again = report.measure(report.ReportConfig(only=("predict",)), here, path)
     assert again["facts"] == gpu
     assert again["results"]["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
-    assert report.measure(report.ReportConfig(only=("peers", "predict")), here, path)["facts"] == here
+
+
+ZEN3 = {"device": "cpu", "hardware": "AMD EPYC", "cores": 2, "bf16_fast": False}
+ZEN4 = ZEN3 | {"bf16_fast": True}
+H100 = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "cores": 16, "bf16_fast": True}
+
+
+@pytest.mark.parametrize(
+    ("about", "quick", "name"),
+    [
+        (ZEN3, False, "cpu-2-cores-amd-epyc"),
+        (ZEN4, False, "cpu-2-cores-amd-epyc-bf16"),
+        (ZEN4, True, "cpu-2-cores-amd-epyc-bf16-quick"),
+        (H100, False, "gpu-nvidia-h100-80gb-hbm3"),
+        (H100, True, "gpu-nvidia-h100-80gb-hbm3-quick"),
+    ],
+)
+def test_a_report_has_a_name_of_its_own(about: dict[str, Any], quick: bool, name: str) -> None:
+    assert report.name_of(about, quick=quick) == name
+
+
+def test_a_report_is_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ran = tmp_path / "here.json", []
+
+    def run_benchmark(name: str, arguments: str) -> dict[str, str]:
+        ran.append(name)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return {"benchmark": name}
+
+    monkeypatch.setattr(report, "run_benchmark", run_benchmark)
+    report.measure(report.ReportConfig(only=("peers", "limit")), ZEN3, path)
+    before = path.read_bytes()
+    with pytest.raises(
+        UserError,
+        match=r"here\.json has bf16_fast False, expected bf16_fast True as here, since its limit would stay; "
+        "set another --name, or leave --only out",
+    ):
+        report.measure(report.ReportConfig(only=("peers",)), ZEN4, path)
+    assert (path.read_bytes(), ran) == (before, ["peers", "limit"])
+    with pytest.raises(KeyboardInterrupt):  # what is measured anew goes at once
+        report.measure(report.ReportConfig(only=("peers", "limit")), ZEN4, path)
+    assert read_json(path) == {
+        "benchmark": "report",
+        "facts": ZEN4,
+        "results": {"peers": {"benchmark": "peers"}},
+    }
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -504,7 +550,7 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         (lambda: choose_device("cuda"), "no device cuda on this machine; set --device cpu"),
         (
             lambda: choose_device("cuda:1"),
-            "device is 'cuda:1', expected cpu or cuda; set --device, and CUDA_VISIBLE_DEVICES to the number of",
+            "device is 'cuda:1', expected cpu or cuda; set --device, and CUDA_VISIBLE_DEVICES to the number",
         ),
         (lambda: choose_device("gpu"), "device is 'gpu', expected cpu or cuda"),
         (
