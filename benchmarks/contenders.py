@@ -19,6 +19,7 @@ from benchmarks.plain import plain_gpt2
 from nanogpt import optim
 from nanogpt.attention import Attention
 from nanogpt.data import Batch
+from nanogpt.errors import UserError
 from nanogpt.loss import chunk_tokens_of
 from nanogpt.model import GPT2Config, init
 from nanogpt.run import keep_freed_memory
@@ -201,6 +202,17 @@ PACKAGES = {"hugging_face": "transformers", "litgpt": "litgpt"}
 def installed_contenders() -> list[str]:
     """Those whose package is here, ours first."""
     return [name for name in CONTENDERS if importlib.util.find_spec(PACKAGES.get(name, "torch"))]
+
+
+def check_installed(*names: str) -> None:
+    """Raises UserError for a contender whose package is not here."""
+    here = installed_contenders()
+    for name in names:
+        if name not in here:
+            raise UserError(
+                f"no package {PACKAGES[name]} on this machine, expected it for the contender {name}; install "
+                f"it (nanogpt[peers] has it), or leave {name} out"
+            )
 
 
 def module_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], work: Work) -> Step:

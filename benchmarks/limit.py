@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.contenders import CONTENDERS, Work, batches_of
+from benchmarks.contenders import CONTENDERS, Work, batches_of, check_installed
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
 from nanogpt import perf
 from nanogpt.model import GPT2Config
@@ -245,6 +245,7 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
 
 def benchmark(config: LimitConfig) -> dict[str, Any]:
     """Floor, by the best rates before and after the steps; breakdown, and how much of a step the floor is."""
+    check_installed(config.contender)
     work = work_of(config)
     before = rates_of(work)
     say(f"floor: {floor_of(work, before)['total_s']:.3f} s")

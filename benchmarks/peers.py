@@ -5,6 +5,7 @@ whatever disturbs the machine disturbs all of them. Ratios are of times in the s
 of perf.peak_flops; where that is measured, of the best one measured before and between the turns. That is the
 rate of the best moment, and a step lasts for many: on a CPU a bare matrix product takes turns too, for as
 many FLOPs as a step has, and a contender's rate is also given as a share of the product's in the same turn.
+Whoever fails but ours is left out from then on, and the table says why.
 """
 
 import contextlib
@@ -16,9 +17,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from benchmarks.contenders import Work, installed_contenders
+from benchmarks.contenders import Work, check_installed, installed_contenders
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
-from benchmarks.worker import Memory, Started, Worker
+from benchmarks.worker import Memory, Started, Worker, WorkerError
 from nanogpt import perf
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
@@ -95,32 +96,32 @@ def work_of(config: PeersConfig) -> Work:
 def compare(config: PeersConfig) -> dict[str, Any]:
     """Everybody's times, memory and ratio to ours."""
     work = work_of(config)
-    names = list(config.contenders or installed_contenders())
+    names = contenders_of(config)
     steps = config.steps or (1 if work.device == "cpu" else 8)
     hardware = perf.detect(torch.device(work.device))
     peak, source = perf.peak_flops(hardware, work.precision)
     with contextlib.ExitStack() as stack:
-        workers, starts, times, rates = {}, {}, {name: [] for name in names}, []
-        entrants = [*names, PRODUCT] if work.device == "cpu" else names
+        field, starts, times, losses, rates = Field(), {}, {name: [] for name in names}, {}, []
         for name in names:
-            workers[name] = stack.enter_context(Worker(name, work))
-            starts[name] = workers[name].start()
-            say(f"{name}: first step after {starts[name].first_step_s:.1f} s")
-        losses = {}
+            field.workers[name] = stack.enter_context(Worker(name, work))
+            if started := field.ask(name, "start"):
+                starts[name] = started
+                say(f"{name}: first step after {started.first_step_s:.1f} s")
         for turn in range(config.turns):
+            entrants = [*field.workers, *([PRODUCT] if work.device == "cpu" else [])]
             # Whoever comes first changes with the turn, so that nobody always follows the same one.
             for name in entrants[turn % len(entrants) :] + entrants[: turn % len(entrants)]:
                 if name == PRODUCT:
                     rates.append(bare_product_rate(work))
-                    continue
-                seconds, losses[name] = workers[name].turn(steps)
-                times[name].append(spread(seconds).median)
-            said = [f"{name} {times[name][-1]:.3f} s" for name in names]
+                elif taken := field.ask(name, "turn", steps):
+                    times[name].append(spread(taken.seconds).median)
+                    losses[name] = taken.loss
+            said = [f"{name} {times[name][-1]:.3f} s" for name in field.workers]
             said += [f"{PRODUCT} {rate / 1e9:.0f} GFLOP/s" for rate in rates[-1:]]
             say(f"turn {turn + 1}: {', '.join(said)}")
             peak = max(peak, perf.peak_flops(hardware, work.precision)[0])
-        memory = {name: worker.memory() for name, worker in workers.items()}
-    check_equal_work(losses, work)
+        memory = {name: field.ask(name, "memory") for name in [*field.workers]}
+    check_equal_work({name: losses[name] for name in field.workers}, work)
     return {
         "benchmark": "peers",
         "facts": facts(work.device),
@@ -134,9 +135,38 @@ def compare(config: PeersConfig) -> dict[str, Any]:
             name: contender_result(
                 work, peak, rates, times[name], times["ours"], losses[name], starts[name], memory[name]
             )
-            for name in names
+            for name in field.workers
         },
+        "failed": field.failed,
     }
+
+
+def contenders_of(config: PeersConfig) -> list[str]:
+    """Who takes part. Raises UserError for one whose package is not here."""
+    names = config.contenders or installed_contenders()
+    check_installed(*names)
+    return list(names)
+
+
+class Field:
+    """Who still takes part, and why others do not any more."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+        self.failed: dict[str, str] = {}
+
+    def ask(self, name: str, method: str, *arguments: Any) -> Any:
+        """What the contender's method returns; None where it fails and so is out. Raises WorkerError where it
+        is ours that fails."""
+        try:
+            return self.workers[name].ask(method, *arguments)
+        except WorkerError as error:
+            if name == "ours":
+                raise
+            self.failed[name] = error.last_line
+            self.workers.pop(name).close()
+            say(f"{name} failed and is left out: {error.last_line}")
+            return None
 
 
 def bare_product_rate(work: Work) -> float:
@@ -239,6 +269,7 @@ def table_of(result: dict[str, Any]) -> str:
         notes.append(f"{keeping} freed memory for the next step (mallopt)")
     if "litgpt" in result["contenders"]:
         notes.append("litgpt has rotary positions, no learned ones, and starts from other weights")
+    notes += [f"{name} failed and is left out: {why}" for name, why in result.get("failed", {}).items()]
     return "\n".join([table(header, rows), *notes])
 
 
@@ -246,7 +277,7 @@ def main() -> None:
     with one_line_errors():
         config = tyro.cli(PeersConfig)
         work = work_of(config)
-        say(f"{', '.join(config.contenders or installed_contenders())}: {work}")
+        say(f"{', '.join(contenders_of(config))}: {work}")
         result = compare(config)
     print(table_of(result))
     finish(result)

@@ -67,17 +67,22 @@ COMMANDS = {
         "predict": "",
     },
     "cuda": {
-        "throughput": "--batch-size 64 32 16 --attention auto flash --steps 20 --starts",
-        "peers": "--batch-size 64 --block-size 1024 --turns 10",
-        "limit": "--batch-size 64 --block-size 1024",
+        "throughput": "--batch-size {batches} --attention auto flash --steps 20 --starts",
+        "peers": "--batch-size {batch} --block-size 1024 --turns 10",
+        "limit": "--batch-size {batch} --block-size 1024",
         "data": "",
         "prepare": "",
-        "parts": "--tokens 65536",
+        "parts": "--tokens {tokens}",
         "sharding": "",
         "predict": "--measured {json}",
     },
 }
-"""Arguments of each benchmark by device, which is named before them; {json} is the report so far."""
+"""Arguments of each benchmark by device, which is named before them. {json} is the report so far, {batch}
+what `batch_for` says, {tokens} its tokens, and {batches} are it, half and a quarter of it."""
+LARGEST_BATCH, SMALLEST_BATCH = 64, 4
+BYTES_A_SEQUENCE = 1.25e9
+"""Of a GPU's memory, for 1,024 tokens: more than twice what the largest peer's step takes in the report of an
+H100, since the others' states lie there as well."""
 SAME_MACHINE = ("device", "hardware", "cores", "bf16_fast")
 """Facts that all that is measured in a report has in common."""
 ON_A_DEVICE = ("throughput", "peers", "limit", "parts")
@@ -147,17 +152,29 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     device = about["device"]
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
     usual = dict.fromkeys(TITLES, "--quick") if config.quick else COMMANDS[kind]
-    given = usual | config.own_arguments
+    given, batch = usual | config.own_arguments, batch_for(about["memory_bytes"])
+    filling = {"{json}": os.path.relpath(path), "{batch}": str(batch), "{tokens}": str(1024 * batch)}
+    filling["{batches}"] = f"{batch} {batch // 2} {batch // 4}"
     results = results_of_the_same_machine(old, about, config, path)
     report = {"benchmark": "report", "facts": about, "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in config.only:
-        arguments = given[name].replace("{json}", os.path.relpath(path))
+        arguments = given[name]
+        for word, text in filling.items():
+            arguments = arguments.replace(word, text)
         if name in ON_A_DEVICE:
             arguments = f"--device {device} {arguments}".strip()
         results[name] = run_benchmark(name, arguments)
         path.write_text(json.dumps(report))
     return report
+
+
+def batch_for(memory_bytes: int) -> int:
+    """Sequences of a microstep that every contender has room for on a GPU of so much memory."""
+    batch = LARGEST_BATCH
+    while batch > SMALLEST_BATCH and batch * BYTES_A_SEQUENCE > memory_bytes:
+        batch //= 2
+    return batch
 
 
 def results_of_the_same_machine(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.contenders import CONTENDERS, SEED, Work, batches_of, make_optimizer, step_of
+from benchmarks.contenders import SEED, Work, batches_of, check_installed, make_optimizer, step_of
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
 from benchmarks.worker import WARMUP_STEPS, Worker, WorkerError, peak_bytes, reset_peak
 from nanogpt import perf, sharding
@@ -120,7 +120,7 @@ def measure(work: Work, config: ThroughputConfig, *, starts: bool) -> dict[str, 
                 seconds = [s for _ in range(CUDA_TURNS) for s in worker.turn(steps).seconds]
             memory = worker.memory()
     except WorkerError as error:
-        return {"work": asdict(work), "error": str(error).strip().splitlines()[-1]}
+        return {"work": asdict(work), "error": error.last_line}
     return row_of(work, seconds, memory._asdict(), started.first_step_s) | {"starts": starts}
 
 
@@ -179,6 +179,7 @@ def cold_and_warm_s(contender: str, work: Work) -> dict[str, float]:
 
 def benchmark(config: ThroughputConfig) -> dict[str, Any]:
     """All rows."""
+    check_installed(config.contender)
     works = works_of(config)
     device = torch.device(works[0].device)
     hardware = perf.detect(device)
@@ -341,7 +342,6 @@ def main() -> None:
             run_as_rank(here)
             return
         config = tyro.cli(ThroughputConfig)
-        assert config.contender in CONTENDERS
         result = benchmark(config)
     print(table_of(result))
     finish(result)

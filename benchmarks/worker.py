@@ -51,6 +51,11 @@ class Memory(NamedTuple):
 class WorkerError(RuntimeError):
     """A contender failed; the message is its traceback."""
 
+    @property
+    def last_line(self) -> str:
+        """What failed, without where."""
+        return str(self).strip().splitlines()[-1]
+
 
 class Served:
     """What `make(*arguments)` makes, in a process of its own: `ask` for its methods, `close` it.
@@ -80,7 +85,8 @@ class Served:
 
     def send(self, method: str, *arguments: Any) -> None:
         """Calls the method and does not wait: several processes have to meet in it."""
-        self._connection.send((method, *arguments))
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, as `answer` will find
+            self._connection.send((method, *arguments))
 
     def answer(self, method: str) -> Any:
         """What the call that was sent returned."""
@@ -88,7 +94,7 @@ class Served:
             raise WorkerError(f"{self.name} gave no answer to {method} within {REPLY_LIMIT_S:.0f} s")
         try:
             kind, value = self._connection.recv()
-        except EOFError as error:
+        except (EOFError, ConnectionResetError) as error:
             self._process.join(timeout=10)
             raise WorkerError(
                 f"{self.name} ended with status {self._process.exitcode}, out of memory perhaps"

@@ -31,7 +31,7 @@ from benchmarks import (
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
 from benchmarks.measure import choose_device, read_json, spread, table
 from benchmarks.plain import plain_gpt2
-from benchmarks.worker import Memory, Started, Worker, WorkerError
+from benchmarks.worker import Memory, Served, Started, Worker, WorkerError
 from nanogpt import perf
 from nanogpt.data import BatchSpec, MappedTokens, PreadTokens
 from nanogpt.errors import UserError
@@ -123,6 +123,51 @@ def test_a_failure_in_a_worker_reaches_us() -> None:
         worker.start()
 
 
+def test_a_process_that_has_ended_is_an_answer() -> None:
+    with Served("nobody", dict) as served:
+        served._process.kill()
+        served._process.join()
+        with pytest.raises(WorkerError, match="nobody ended with status -9, out of memory perhaps"):
+            served.ask("keys")
+
+
+FAILING_LITGPT = """
+from types import SimpleNamespace
+from torch import nn
+
+class Config:
+    def __init__(self, **shape):
+        self.words = shape["padded_vocab_size"]
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.words, 8)})
+        self.lm_head = nn.Linear(8, config.words, bias=False)
+        self.calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        assert self.calls <= 4, "no memory after the first turn"  # three steps come before it
+        return self.lm_head(self.transformer.wte(inputs))
+"""
+
+
+def test_a_peer_that_fails_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "transformers.py").write_text("import an_older_hub")
+    (tmp_path / "litgpt.py").write_text(FAILING_LITGPT)
+    monkeypatch.syspath_prepend(tmp_path)  # where the contenders' processes look as well
+    names = ("ours", "hugging_face", "litgpt")
+    result = peers.compare(peers.PeersConfig(contenders=names, quick=True, turns=2, device="cpu"))
+    assert list(result["contenders"]) == ["ours"]
+    assert len(result["contenders"]["ours"]["seconds"]) == 2
+    for note in (
+        "hugging_face failed and is left out: ModuleNotFoundError: No module named 'an_older_hub'",
+        "litgpt failed and is left out: AssertionError: no memory after the first turn",
+    ):
+        assert note in peers.table_of(result)
+
+
 @pytest.mark.parametrize("reader", [MappedTokens, PreadTokens])
 def test_the_loader_is_timed_over_a_whole_epoch(tmp_path: Path, reader: type) -> None:
     np.arange(2 + 8 * 64, dtype=np.uint16).tofile(tmp_path / "train.bin")
@@ -203,6 +248,11 @@ def test_what_others_said_is_never_a_measurement() -> None:
     assert {row["kind"] for row in rows} == {"published", "claimed", "predicted"}
     assert {row["kind"] for row in rows if row["who"] == "claimed for this project"} == {"claimed"}
     assert all("off by up to" in row["note"] for row in rows if row["kind"] == "predicted")
+
+
+ZEN4 = {"device": "cpu", "hardware": "AMD EPYC", "cores": 2, "memory_bytes": 25276063744, "bf16_fast": True}
+ZEN3 = ZEN4 | {"bf16_fast": False}
+H100 = ZEN4 | {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "memory_bytes": 85017493504}
 
 
 def measured_on_an_h100(benchmark: str) -> dict[str, Any]:
@@ -346,7 +396,7 @@ def test_a_report_keeps_what_it_has_when_it_is_stopped(
     monkeypatch.setattr(report, "run_benchmark", run_benchmark)
     config, path = report.ReportConfig(only=("throughput", "predict", "peers")), tmp_path / "a" / "gpu.json"
     with pytest.raises(KeyboardInterrupt):
-        report.measure(config, {"device": "cuda", "bf16_fast": True}, path)
+        report.measure(config, H100, path)
     results = read_json(path)["results"]
     assert results.keys() == {"throughput", "predict"}
     assert results["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
@@ -356,17 +406,11 @@ def test_predictions_made_elsewhere_leave_the_report_that_of_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "run_benchmark", lambda name, arguments: {"arguments": arguments})
-    path, gpu = tmp_path / "gpu.json", {"device": "cuda", "bf16_fast": True}
-    report.measure(report.ReportConfig(only=("peers",)), gpu, path)
-    here = {"device": "cpu", "bf16_fast": False}
-    again = report.measure(report.ReportConfig(only=("predict",)), here, path)
-    assert again["facts"] == gpu
+    path = tmp_path / "gpu.json"
+    report.measure(report.ReportConfig(only=("peers",)), H100, path)
+    again = report.measure(report.ReportConfig(only=("predict",)), ZEN3, path)
+    assert again["facts"] == H100
     assert again["results"]["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
-
-
-ZEN3 = {"device": "cpu", "hardware": "AMD EPYC", "cores": 2, "bf16_fast": False}
-ZEN4 = ZEN3 | {"bf16_fast": True}
-H100 = {"device": "cuda", "hardware": "NVIDIA H100 80GB HBM3", "cores": 16, "bf16_fast": True}
 
 
 @pytest.mark.parametrize(
@@ -419,15 +463,35 @@ def test_a_report_measures_the_device_that_it_is_of(
     monkeypatch.setattr(
         report, "run_benchmark", lambda name, arguments: commands.update({name: arguments}) or {}
     )
-    for device in ("cpu", "cuda"):  # a CPU's report may be made where there is a GPU as well
+    for about in (ZEN4, H100):  # a CPU's report may be made where there is a GPU as well
         config = report.ReportConfig(quick=quick, arguments=("data --rounds 1",))
-        report.measure(config, {"device": device, "bf16_fast": True}, tmp_path / f"{device}.json")
-        named = {name for name, arguments in commands.items() if f"--device {device}" in arguments}
+        report.measure(config, about, tmp_path / f"{about['device']}.json")
+        named = {name for name, arguments in commands.items() if f"--device {about['device']}" in arguments}
         assert named == {"throughput", "peers", "limit", "parts"}
         assert [name for name in commands if "--quick" in commands[name]] == [
             name for name in report.TITLES if quick and name != "data"
         ]
         assert commands["data"] == "--rounds 1"
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "batch_size", "sizes"),
+    [(H100["memory_bytes"], 64, "64 32 16"), (42e9, 32, "32 16 8"), (16.9e9, 8, "8 4 2"), (1e9, 4, "4 2 1")],
+)
+def test_a_report_of_a_gpu_asks_for_what_all_peers_have_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_bytes: float, batch_size: int, sizes: str
+) -> None:
+    monkeypatch.setattr(report, "run_benchmark", lambda name, arguments: {"arguments": arguments})
+    config = report.ReportConfig(only=("throughput", "peers", "limit", "parts"))
+    results = report.measure(config, H100 | {"memory_bytes": memory_bytes}, tmp_path / "gpu.json")["results"]
+    starts = {
+        "throughput": f"--device cuda --batch-size {sizes} --attention",
+        "peers": f"--device cuda --batch-size {batch_size} --block-size 1024",
+        "limit": f"--device cuda --batch-size {batch_size} --block-size 1024",
+        "parts": f"--device cuda --tokens {1024 * batch_size}",
+    }
+    for name, start in starts.items():
+        assert results[name]["arguments"].startswith(start)
 
 
 def test_a_benchmark_of_a_report_can_be_given_other_arguments() -> None:
@@ -547,6 +611,14 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         (lambda: sharding.ShardingConfig(saves=1), "10 turns and 1 saves, expected at least 2; set --turns"),
         (lambda: sharding.ShardingConfig(check=True), "--check without --dry-run, expected both or none"),
         (lambda: data.DataBenchmark(rounds=0), "0 rounds, expected at least 1; set --rounds"),
+        *(
+            (start, "no package litgpt_of_nobody .* contender litgpt; install it .*, or leave litgpt out")
+            for start in (
+                lambda: peers.compare(peers.PeersConfig(contenders=("ours", "litgpt"), quick=True)),
+                lambda: limit.benchmark(limit.LimitConfig(contender="litgpt", quick=True)),
+                lambda: throughput.benchmark(throughput.ThroughputConfig(contender="litgpt", quick=True)),
+            )
+        ),
         (lambda: choose_device("cuda"), "no device cuda on this machine; set --device cpu"),
         (
             lambda: choose_device("cuda:1"),
@@ -563,7 +635,8 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_sentence(make, message: str) -> None:
+def test_a_mistake_is_one_sentence(make, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(contenders.PACKAGES, "litgpt", "litgpt_of_nobody")
     with pytest.raises(UserError, match=message):
         make()
 
