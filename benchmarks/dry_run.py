@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.contenders import Work, batches_of, make_optimizer
 from nanogpt import sharding
+from nanogpt.loss import chunk_tokens_of
 from nanogpt.train import init_state, make_train_step
 
 FSDP = "torch.distributed.fsdp._fully_shard._fsdp_"
@@ -74,10 +75,13 @@ class Plan(NamedTuple):
 def plan(work: Work, shape: tuple[int, int], *, reshard_after_forward: bool = False) -> Plan:
     """Memory of rank 0 of (replicate, shard) = `shape`, whose part of a microstep is `work.batch_size`.
 
+    Tensors are a CPU's whatever `work.device` is: that one says how many logits exist at a time.
     Rank 0 has the largest part where sizes do not divide. Allocates nothing; takes tens of seconds for the
     xl size. There must be no process group: it makes one that is fake, and ends it.
     """
-    work = replace(work, model=replace(work.model))  # its skeleton will be fake, which nobody else can use
+    chunk_tokens = chunk_tokens_of(work.device, work.precision)
+    # The model is a copy: its skeleton will be fake, which nobody else can use.
+    work = replace(work, model=replace(work.model), device="cpu")
     optimizer = make_optimizer(work)
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake_ranks(shape[0] * shape[1]))
@@ -93,6 +97,7 @@ def plan(work: Work, shape: tuple[int, int], *, reshard_after_forward: bool = Fa
             precision=work.precision,
             attention=work.attention,
             reshard_after_forward=reshard_after_forward,
+            loss_chunk_tokens=chunk_tokens,
             donate=True,
             compile=False,
         )

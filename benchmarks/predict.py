@@ -238,7 +238,8 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
         device_type="cuda",
     )
     alone = {kind: size for kind, size in plan.items() if kind != "total"}
-    work, by_layout = Work(model=model, batch_size=batch_size, compile=False), {(1, 1): alone}
+    work = Work(model=model, batch_size=batch_size, compile=False, device="cuda")
+    by_layout = {(1, 1): alone}
     rows = []
     for name, machine in MACHINES.items():
         layout = (machine.nodes, machine.count // machine.nodes)

@@ -56,7 +56,7 @@ class ShardingConfig:
     saves: int = 3
     """Checkpoints, at least 2; one more comes first."""
     dry_run: bool = False
-    """Predict the memory of a rank and do nothing else."""
+    """Predict the memory of a rank, of GPUs unless --check, and do nothing else."""
     check: bool = False
     """With --dry-run: also measure it with real processes."""
     quick: bool = False
@@ -84,15 +84,15 @@ def work_of(config: ShardingConfig) -> Work:
     """What one rank of the layout does in a step."""
     models = {"small": QUICK if config.quick else SMALL}
     model = models.get(config.model) or GPT2Config.named(config.model)
-    precision = config.precision
-    if precision == "auto":
-        here = perf.default_precision(perf.detect(torch.device("cpu")))
-        precision = "bfloat16" if config.dry_run and not config.check else here
+    device, fastest = "cpu", perf.default_precision(perf.detect(torch.device("cpu")))
+    if config.dry_run and not config.check:
+        device, fastest = "cuda", "bfloat16"
     return Work(
         model=model,
         batch_size=config.batch_size,
-        precision=precision,
+        precision=fastest if config.precision == "auto" else config.precision,
         compile=config.compile and not config.quick,
+        device=device,
     )
 
 
@@ -202,6 +202,7 @@ def table_of(result: dict[str, Any]) -> str:
     head = (
         f"{layout['replicate']} replicas x {layout['shard']} shards, {model['n_layer']} x {model['n_embd']}, "
         f"{work['batch_size']} x {model['block_size']} tokens a rank and microstep, {work['precision']}"
+        + ("" if work["device"] == "cpu" else " on GPUs")
     )
     tables = [steps_table(result)] if "step_s" in result else []
     return "\n\n".join([head, *tables, memory_table(result)])

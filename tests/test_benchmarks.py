@@ -32,7 +32,7 @@ from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_conten
 from benchmarks.measure import choose_device, read_json, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Memory, Served, Started, Worker, WorkerError
-from nanogpt import perf
+from nanogpt import loss, perf
 from nanogpt.data import BatchSpec, MappedTokens, PreadTokens
 from nanogpt.errors import UserError
 from nanogpt.loss import next_token_loss
@@ -508,6 +508,48 @@ def test_a_dry_run_counts_the_rows_that_each_rank_holds() -> None:
     assert plan.rest["parameters"] == plan.peak_of_kind["gradients"] == 4 * rows
     assert plan.rest["moments"] == 2 * 4 * rows
     assert plan.at_peak["activations"] > 0
+
+
+def test_a_dry_run_has_as_many_logits_at_a_time_as_the_step_that_it_is_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, tokens in {"DEFAULT_CHUNK_TOKENS": 8, "GPU_CHUNK_TOKENS": 32}.items():
+        monkeypatch.setattr(loss, name, tokens)
+    cpu, gpu = (
+        dry_run.plan(replace(WORK, device=device), (1, 2)).peak_of_kind["logits of a chunk"]
+        for device in ("cpu", "cuda")
+    )
+    # Beside logits, a chunk has gradients of its rows.
+    assert gpu - cpu == pytest.approx(24 * TINY.vocab_size * perf.BYTES_PER_EAGER_LOGIT, rel=0.05)
+
+
+def test_a_dry_run_alone_is_of_gpus_and_a_checked_one_of_this_machine() -> None:
+    alone, checked = (
+        sharding.work_of(sharding.ShardingConfig(dry_run=True, check=check)) for check in (False, True)
+    )
+    assert (alone.device, alone.precision, checked.device) == ("cuda", "bfloat16", "cpu")
+    memory = {
+        "rest": {},
+        "at_peak": {},
+        "peak_of_kind": {},
+        "predicted_bytes": 1,
+        "reshard_after_forward": False,
+    }
+    for work, on in ((alone, "bfloat16 on GPUs"), (checked, checked.precision)):
+        result = {"layout": {"replicate": 1, "shard": 2}, "work": asdict(work), "memory": [memory, memory]}
+        assert sharding.table_of(result).splitlines()[0].endswith(f"microstep, {on}")
+
+
+def test_predicted_memory_of_several_gpus_is_of_a_gpus_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+
+    def plan(work: Work, layout: tuple[int, int]) -> dry_run.Plan:
+        planned.append((work.device, work.precision, layout))
+        return dry_run.Plan({}, {"activations": 1}, {})
+
+    monkeypatch.setattr(dry_run, "plan", plan)
+    predict.memory_rows(GPT2Config.named("gpt2"), 64, quick=False)
+    assert planned == [("cuda", "bfloat16", (1, 8)), ("cuda", "bfloat16", (2, 8))]
 
 
 def test_resharding_holds_one_block_at_a_time_in_a_dry_run() -> None:
