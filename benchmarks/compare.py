@@ -1,9 +1,10 @@
 """`python -m benchmarks.compare A.json B.json`: what got faster or slower beyond noise, from A to B.
 
 A and B are results of the same benchmark, or two reports. A difference counts where the quartiles of the two
-do not overlap and the medians differ by more than 2 %; with fewer than five measurements on a side, which by
-chance lie apart as often as not, where the ranges do not overlap and the medians differ by more than 10 %. A
-peak of memory is one measurement.
+do not overlap and the medians differ by more than 2 %. With fewer than ten measurements on a side quartiles
+lie apart by chance (of five and five of the same thing in a fifth of cases), so there it is the ranges that
+do not overlap; with fewer than five ranges do that too, and the medians have to differ by more than 10 %. A
+peak of memory is one measurement, and a difference of 5 MB is none.
 """
 
 import sys
@@ -19,6 +20,8 @@ from nanogpt.errors import UserError
 
 SMALLEST_CHANGE = 0.02
 FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
+ENOUGH_FOR_QUARTILES = 10
+SMALLEST_CHANGE_BYTES = 5e6  # what a process gains and loses by itself
 HIGHER_IS_BETTER = ("tokens_per_second", "speedup", "share_of_product")
 MEMORY_KEYS = ("steps", "peak_growth_bytes")
 
@@ -66,11 +69,13 @@ def label_of(part: Any, key: str) -> str:
 
 def verdict(path: str, before: dict[str, float], after: dict[str, float]) -> str:
     """ "better", "worse" or "same"."""
-    are_few = min(before["count"], after["count"]) < FEW
-    smallest = SMALLEST_CHANGE_OF_FEW if are_few else SMALLEST_CHANGE
+    count, change = min(before["count"], after["count"]), abs(after["median"] - before["median"])
+    smallest = SMALLEST_CHANGE_OF_FEW if count < FEW else SMALLEST_CHANGE
     if not before["median"] or abs(after["median"] / before["median"] - 1) <= smallest:
         return "same"
-    low, high = ("min", "max") if are_few else ("low", "high")
+    if path.endswith(MEMORY_KEYS) and change <= SMALLEST_CHANGE_BYTES:
+        return "same"
+    low, high = ("low", "high") if count >= ENOUGH_FOR_QUARTILES else ("min", "max")
     if before[low] <= after[high] and after[low] <= before[high]:
         return "same"
     grew = after["median"] > before["median"]

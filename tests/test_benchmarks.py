@@ -314,6 +314,26 @@ def test_a_few_measurements_have_to_lie_far_apart() -> None:
         assert compare.verdict(f"contenders/ours/{name}", many._asdict(), later._asdict()) == "better"
 
 
+def test_quartiles_of_five_measurements_lie_apart_by_chance() -> None:
+    before, after = spread([1.00, 1.01, 1.02, 1.03, 1.20]), spread([1.02, 1.10, 1.11, 1.12, 1.13])
+    assert before.high < after.low
+    assert compare.verdict("step_s", before._asdict(), after._asdict()) == "same"
+    before, after = (spread([*side] * 2)._asdict() for side in ([1.00, 1.01, 1.02], [1.06, 1.07, 1.08]))
+    assert compare.verdict("step_s", before, after) == "worse"
+    before, after = (spread([*side, 1.04] * 4)._asdict() for side in ([1.00, 1.01, 1.02], [1.06, 1.07, 1.08]))
+    assert compare.verdict("step_s", before, after) == "worse"
+
+
+def test_a_few_megabytes_are_what_a_process_gains_by_itself() -> None:
+    def verdict(before: float, after: float, path: str) -> str:
+        return compare.verdict(path, spread([before])._asdict(), spread([after])._asdict())
+
+    assert verdict(160e3, 4e6, "readers/pread/peak_growth_bytes") == "same"
+    assert verdict(160e3, 7e6, "readers/pread/peak_growth_bytes") == "worse"
+    assert verdict(3e9, 3.5e9, "rows/1/memory/steps") == "worse"
+    assert verdict(160e3, 4e6, "tokens_per_second") == "better"
+
+
 def test_results_without_a_common_number_are_refused() -> None:
     one, other = ({"benchmark": "data", name: spread([1.0])._asdict()} for name in "ab")
     with pytest.raises(UserError, match="no number in common"):
