@@ -8,7 +8,7 @@ loader, not of a disk. Every window of it is read once, in the order of training
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
+from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
 from benchmarks.worker import peak_bytes, reset_peak, resident_bytes
 from nanogpt.data import BatchSpec, MappedTokens, PreadTokens, Tokens, batch_at, prefetch, window_count
 from nanogpt.errors import UserError
@@ -42,15 +42,26 @@ class DataBenchmark:
     batch_size: int = 64
     """Sequences in a microstep, at least 1."""
     total_batch_size: int = 524288
-    """Tokens in a step."""
+    """Tokens in a step, at least 1."""
     rounds: int = 2
     """Times that each reader reads the file, in turns; at least 1."""
     quick: bool = False
     """A small file, to see that everything works."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise UserError(f"{self.rounds} rounds, expected at least 1; set --rounds")
+        require_at_least(
+            1,
+            file_bytes=self.file_bytes,
+            block_size=self.block_size,
+            batch_size=self.batch_size,
+            total_batch_size=self.total_batch_size,
+            rounds=self.rounds,
+        )
+
+    @property
+    def small(self) -> "DataBenchmark":
+        """The same of a file, and of batches, that take a second."""
+        return replace(self, file_bytes=8 << 20, batch_size=8, total_batch_size=65536, rounds=1)
 
 
 class Pass(NamedTuple):
@@ -164,8 +175,7 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         config = tyro.cli(DataBenchmark)
-        if config.quick:
-            config = DataBenchmark(file_bytes=8 << 20, batch_size=8, total_batch_size=65536, rounds=1)
+        config = config.small if config.quick else config
         with tempfile.TemporaryDirectory(prefix="nanogpt-data-") as folder:
             path = config.path
             if path is None:

@@ -19,7 +19,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import CONTENDERS, Work, batches_of, check_installed
-from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
+from benchmarks.measure import (
+    choose_device,
+    facts,
+    finish,
+    one_line_errors,
+    require_at_least,
+    say,
+    spread,
+    table,
+)
 from nanogpt import perf
 from nanogpt.model import GPT2Config
 from nanogpt.train import DTYPES
@@ -85,6 +94,9 @@ class LimitConfig:
     """cpu or cuda; None takes the GPU where there is one."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_size=self.batch_size, block_size=self.block_size, steps=self.steps)
 
 
 def work_of(config: LimitConfig) -> Work:

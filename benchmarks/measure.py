@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -71,7 +72,7 @@ def facts(device: str) -> dict[str, Any]:
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "command": " ".join(["python", "-m", command_name(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", command_name(), *sys.argv[1:]]),
     }
 
 
@@ -98,6 +99,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(text if text.startswith("{") else text.splitlines()[-1])
     except (OSError, json.JSONDecodeError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a result ({error}); give a benchmark's output") from error
+
+
+def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:
+    """Raises UserError for a value below `least`, called as its flag is; None leaves the choice to others."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (least if value is None else value,)
+        if min(numbers, default=least - 1) < least:
+            got, words = " ".join(map(str, numbers)) or "not given", name.split("_")
+            raise UserError(f"{' '.join(words)} is {got}, expected at least {least}; set --{'-'.join(words)}")
 
 
 def choose_device(device: str | None) -> str:

@@ -18,7 +18,16 @@ import tyro
 from torch import Tensor
 
 from benchmarks.contenders import BETAS, SCHEDULE, SEED, WEIGHT_DECAY
-from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
+from benchmarks.measure import (
+    choose_device,
+    facts,
+    finish,
+    one_line_errors,
+    require_at_least,
+    say,
+    spread,
+    table,
+)
 from nanogpt import optim, perf, tree
 from nanogpt.checkpoint import Checkpointer
 from nanogpt.graph import as_one_graph
@@ -49,6 +58,10 @@ class PartsConfig:
     """cpu or cuda; None takes the GPU where there is one."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, tokens=self.tokens, new_tokens=self.new_tokens)
+        require_at_least(2, repeats=self.repeats)
 
 
 def timed_in_turns(parts: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:

@@ -18,7 +18,16 @@ import torch
 import tyro
 
 from benchmarks.contenders import Work, check_installed, installed_contenders
-from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
+from benchmarks.measure import (
+    choose_device,
+    facts,
+    finish,
+    one_line_errors,
+    require_at_least,
+    say,
+    spread,
+    table,
+)
 from benchmarks.worker import Memory, Started, Worker, WorkerError
 from nanogpt import perf
 from nanogpt.errors import UserError
@@ -65,8 +74,14 @@ class PeersConfig:
     """A model of one small layer, run eagerly, to see that everything works."""
 
     def __post_init__(self) -> None:
-        if self.turns < 2:
-            raise UserError(f"{self.turns} turns, expected at least 2; set --turns")
+        require_at_least(2, turns=self.turns)
+        require_at_least(
+            1,
+            batch_size=self.batch_size,
+            block_size=self.block_size,
+            accumulation=self.accumulation,
+            steps=self.steps,
+        )
         if self.contenders is not None and "ours" not in self.contenders:
             raise UserError(
                 f"contenders are {', '.join(self.contenders)}, expected ours among them; set --contenders"

@@ -18,7 +18,7 @@ import tyro
 
 from benchmarks import dry_run
 from benchmarks.contenders import Work
-from benchmarks.measure import facts, finish, one_line_errors, read_json, table
+from benchmarks.measure import facts, finish, one_line_errors, read_json, require_at_least, table
 from nanogpt import perf
 from nanogpt.errors import UserError
 from nanogpt.loss import chunk_tokens_of
@@ -115,12 +115,15 @@ class PredictConfig:
     batch_size: int = 64
     """Sequences in a microstep, at least 1."""
     total_batch_size: int = 524288
-    """Tokens in a step over all GPUs."""
+    """Tokens in a step over all GPUs, at least 1."""
     measured: Path | None = None
     """JSON of `benchmarks.throughput` or `benchmarks.peers` on one A100 or H100, or a report with one; its
     rate stands beside the prediction."""
     quick: bool = False
     """Leave out the memory of several GPUs, whose dry runs take a minute."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_size=self.batch_size, total_batch_size=self.total_batch_size)
 
 
 def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,8 +25,7 @@ import pyarrow
 import pyarrow.parquet
 import tyro
 
-from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
-from nanogpt.errors import UserError
+from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
 from nanogpt.prepare.bundled import bundled_text
 from nanogpt.prepare.config import choose_engine
 from nanogpt.prepare.engines import encode_each, fastokens_encoder
@@ -58,10 +57,12 @@ class PrepareBenchmark:
     """A small corpus, to see that everything works."""
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.megabytes, *self.workers) < 1:
-            raise UserError(
-                "got a number below 1, expected 1 or more; set --rounds, --megabytes and --workers"
-            )
+        require_at_least(1, megabytes=self.megabytes, workers=self.workers, rounds=self.rounds)
+
+    @property
+    def small(self) -> "PrepareBenchmark":
+        """The same of a corpus that takes seconds."""
+        return replace(self, megabytes=2, workers=(2,), rounds=1)
 
 
 def source_texts(path: Path | None) -> list[str]:
@@ -199,8 +200,7 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         config = tyro.cli(PrepareBenchmark)
-        if config.quick:
-            config = PrepareBenchmark(megabytes=2, workers=(2,), rounds=1)
+        config = config.small if config.quick else config
         engines = ["tiktoken"] + (["fastokens"] if choose_engine("auto", "gpt2") == "fastokens" else [])
         texts = list(repeated(source_texts(config.source), config.megabytes * 1_000_000))
         with tempfile.TemporaryDirectory(prefix="nanogpt-prepare-") as folder:

@@ -9,6 +9,7 @@ import html
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ class ReportConfig:
                     raise UserError(
                         f"no benchmark is called {name!r}, expected some of {known}; set --{option}"
                     )
+        for text in self.arguments:
+            try:
+                shlex.split(text)
+            except ValueError as error:
+                raise UserError(
+                    f"{text!r} is not one command ({error}), expected quotes in pairs; set --arguments"
+                ) from error
 
     @property
     def own_arguments(self) -> dict[str, str]:
@@ -127,7 +135,7 @@ class ReportConfig:
 def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
     """The JSON of a benchmark that is run as a user would; an "error" where it failed."""
     say(f"python -m benchmarks.{name} {arguments}")
-    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *shlex.split(arguments)]
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=False, timeout=COMMAND_LIMIT_S
@@ -153,7 +161,11 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     kind = "cuda" if device != "cpu" else "cpu" if about["bf16_fast"] else "cpu without fast bfloat16"
     usual = dict.fromkeys(TITLES, "--quick") if config.quick else COMMANDS[kind]
     given, batch = usual | config.own_arguments, batch_for(about["memory_bytes"])
-    filling = {"{json}": os.path.relpath(path), "{batch}": str(batch), "{tokens}": str(1024 * batch)}
+    filling = {
+        "{json}": shlex.quote(os.path.relpath(path)),
+        "{batch}": str(batch),
+        "{tokens}": str(1024 * batch),
+    }
     filling["{batches}"] = f"{batch} {batch // 2} {batch // 4}"
     results = results_of_the_same_machine(old, about, config, path)
     report = {"benchmark": "report", "facts": about, "results": results}

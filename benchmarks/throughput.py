@@ -19,7 +19,16 @@ import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.contenders import SEED, Work, batches_of, check_installed, make_optimizer, step_of
-from benchmarks.measure import choose_device, facts, finish, one_line_errors, say, spread, table
+from benchmarks.measure import (
+    choose_device,
+    facts,
+    finish,
+    one_line_errors,
+    require_at_least,
+    say,
+    spread,
+    table,
+)
 from benchmarks.worker import WARMUP_STEPS, Worker, WorkerError, peak_bytes, reset_peak
 from nanogpt import perf, sharding
 from nanogpt.attention import Attention
@@ -80,8 +89,15 @@ class ThroughputConfig:
     """A model of one small layer, run eagerly, to see that everything works."""
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise UserError(f"{self.steps} steps, expected at least 2; set --steps")
+        require_at_least(2, steps=self.steps)
+        require_at_least(
+            1, batch_size=self.batch_size, block_size=self.block_size, accumulation=self.accumulation
+        )
+        if self.contender != "ours" and self.attention != ("auto",):
+            raise UserError(
+                f"--attention {' '.join(self.attention)} with --contender {self.contender}, which has its "
+                f"own, expected auto; leave one of them out"
+            )
 
 
 def works_of(config: ThroughputConfig) -> list[Work]:
@@ -289,6 +305,16 @@ def check_sharded(config: ThroughputConfig) -> ThroughputConfig:
     return config
 
 
+def check_alone(config: ThroughputConfig) -> ThroughputConfig:
+    """`config`; raises UserError where it asks for what one process does not measure."""
+    if config.mesh != Mesh():
+        raise UserError(
+            "started on one process with --mesh.*, which several share; start with torchrun "
+            "--nproc-per-node N -m benchmarks.throughput, or leave --mesh.* out"
+        )
+    return config
+
+
 def run_as_rank(here: World) -> None:
     """This process's side of a job of torchrun's; rank 0 prints."""
     with Team(here) as team:
@@ -341,7 +367,7 @@ def main() -> None:
         if here.size > 1:
             run_as_rank(here)
             return
-        config = tyro.cli(ThroughputConfig)
+        config = check_alone(tyro.cli(ThroughputConfig))
         result = benchmark(config)
     print(table_of(result))
     finish(result)

@@ -1,9 +1,11 @@
 """Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
 
+import functools
 import itertools
 import json
 import os
 import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +26,13 @@ from benchmarks import (
     parts,
     peers,
     predict,
+    prepare,
     report,
     sharding,
     throughput,
 )
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
-from benchmarks.measure import choose_device, read_json, spread, table
+from benchmarks.measure import choose_device, facts, read_json, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Memory, Served, Started, Worker, WorkerError
 from nanogpt import loss, perf
@@ -656,12 +659,47 @@ def test_throughput_has_a_row_for_each_combination() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: peers.PeersConfig(turns=1), "1 turns, expected at least 2; set --turns"),
+        (lambda: peers.PeersConfig(turns=1), "turns is 1, expected at least 2; set --turns"),
+        *(
+            (
+                functools.partial(config, **{name: 0}),
+                f"{name.replace('_', ' ')} is 0, expected at least [12]; set --",
+            )
+            for config, names in {
+                peers.PeersConfig: ("batch_size", "block_size", "accumulation", "steps"),
+                limit.LimitConfig: ("batch_size", "block_size", "steps"),
+                parts.PartsConfig: ("tokens", "new_tokens", "repeats"),
+                data.DataBenchmark: ("file_bytes", "block_size", "batch_size", "total_batch_size", "rounds"),
+                prepare.PrepareBenchmark: ("megabytes", "rounds"),
+                predict.PredictConfig: ("batch_size", "total_batch_size"),
+                throughput.ThroughputConfig: ("accumulation", "steps"),
+            }.items()
+            for name in names
+        ),
+        (
+            lambda: throughput.ThroughputConfig(batch_size=(4, 0)),
+            "batch size is 4 0, expected at least 1; set --batch-size",
+        ),
+        (
+            lambda: prepare.PrepareBenchmark(workers=()),
+            "workers is not given, expected at least 1; set --workers",
+        ),
+        (
+            lambda: throughput.ThroughputConfig(contender="plain", attention=("auto", "flash")),
+            "--attention auto flash with --contender plain, which has its own, expected auto; leave one",
+        ),
+        (
+            lambda: throughput.check_alone(throughput.ThroughputConfig(mesh=throughput.Mesh(shard=2))),
+            r"started on one process with --mesh\.\*, which several share; start with torchrun",
+        ),
+        (
+            lambda: report.ReportConfig(arguments=("prepare --source 'a b",)),
+            "is not one command .*, expected quotes in pairs; set --arguments",
+        ),
         (
             lambda: peers.PeersConfig(contenders=("plain",)),
             "contenders are plain, expected ours among them; set --contenders",
         ),
-        (lambda: throughput.ThroughputConfig(steps=1), "1 steps, expected at least 2; set --steps"),
         (
             lambda: throughput.check_sharded(throughput.ThroughputConfig(contender="plain")),
             "several processes with --contender or --starts, which are measured by one; leave them out",
@@ -672,7 +710,6 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         ),
         (lambda: sharding.ShardingConfig(saves=1), "10 turns and 1 saves, expected at least 2; set --turns"),
         (lambda: sharding.ShardingConfig(check=True), "--check without --dry-run, expected both or none"),
-        (lambda: data.DataBenchmark(rounds=0), "0 rounds, expected at least 1; set --rounds"),
         *(
             (start, "no package litgpt_of_nobody .* contender litgpt; install it .*, or leave litgpt out")
             for start in (
@@ -701,6 +738,34 @@ def test_a_mistake_is_one_sentence(make, message: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(contenders.PACKAGES, "litgpt", "litgpt_of_nobody")
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_quick_run_is_of_the_file_that_it_is_given() -> None:
+    path = Path("mine")
+    assert data.DataBenchmark(path=path, quick=True, block_size=64).small == data.DataBenchmark(
+        path=path,
+        quick=True,
+        block_size=64,
+        file_bytes=8 << 20,
+        batch_size=8,
+        total_batch_size=65536,
+        rounds=1,
+    )
+    assert prepare.PrepareBenchmark(source=path).small.source == path
+
+
+def test_a_command_with_a_blank_can_be_typed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, commands = tmp_path / "a b" / "gpu.json", []
+
+    def run(command: list[str], **how: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0, stdout="{}")
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    report.measure(report.ReportConfig(only=("predict",)), H100, path)
+    assert commands[0][-2:] == ["--measured", os.path.relpath(path)]
+    monkeypatch.setattr(sys, "argv", ["predict", *commands[0][-2:]])
+    assert facts("cpu")["command"].endswith(f"--measured '{os.path.relpath(path)}'")
 
 
 def test_a_spread_and_a_table() -> None:
