@@ -448,7 +448,8 @@ class Team:
                 return Ending(code, "", [])
             case KeyboardInterrupt():
                 return Ending(130, "", [])
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError):  # nobody may read any more
+            traceback.print_exception(error)
         kind = type(error).__name__
         where = self._log or "the terminal"
         return Ending(1, f"stopped with {kind}: {_in_short(error)}; its traceback is in {where}", [])
@@ -479,15 +480,17 @@ class Team:
             self._say(sentence, is_speaker=world.rank == speaker)
         if ending.status == 2 and world.local_rank == 0:
             stop_restarts()
-        flush()
+        with contextlib.suppress(OSError):
+            flush()
         os._exit(ending.status)
 
     def _say(self, sentence: str, *, is_speaker: bool) -> None:
-        """The sentence, once on the terminal and in every rank's log."""
-        if sentence and is_speaker:
-            os.write(self._terminal, f"error: {sentence}\n".encode())
-        if sentence and self._log is not None:
-            print(f"error: {sentence}", file=sys.stderr)
+        """The sentence, once on the terminal and in every rank's log, where somebody can read them."""
+        with contextlib.suppress(OSError):
+            if sentence and is_speaker:
+                os.write(self._terminal, f"error: {sentence}\n".encode())
+            if sentence and self._log is not None:
+                print(f"error: {sentence}", file=sys.stderr)
 
     def _wait_for_all(self, store: Store, *, seconds: float, but: list[int]) -> None:
         keys = [f"left/{rank}" for rank in range(self.world.size) if rank not in but]

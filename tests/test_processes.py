@@ -109,6 +109,13 @@ def has_a_bug_in_a_check(team: Team) -> None:
     team.together(lambda: {0: "all is well"}[team.world.rank])
 
 
+def has_no_reader(team: Team) -> None:
+    if team.world.rank == 0:
+        for number in (1, 2):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    has_a_bad_flag(team)
+
+
 def does_not_join(team: Team) -> None:
     with team.connected("cpu", timeout_s=60):
         if team.world.rank == 1:
@@ -121,7 +128,7 @@ SCENARIOS: dict[str, tuple[Callable[[Team], None], int]] = {
     for function, size in [
         *((agrees, 3), (has_other_code, 3), (finds_no_data, 2), (has_a_bad_flag, 2), (asks_for_help, 2)),
         *((trains, 2), (loses_its_disk, 3), (is_killed, 3), (sleeps, 3), (has_a_bug, 2), (does_not_join, 3)),
-        (has_a_bug_in_a_check, 2),
+        *((has_a_bug_in_a_check, 2), (has_no_reader, 2)),
     ]
 }
 
@@ -362,6 +369,10 @@ def test_an_error_of_the_program_in_a_check_leaves_its_traceback(outcomes: dict[
     assert statuses(ranks) == [1, 1]
     assert f"rank 1 ({socket.gethostname()}) stopped with KeyError" in the_sentence(ranks)
     assert "Traceback (most recent call last)" in ranks[1]["log"]
+
+
+def test_a_mistake_that_nobody_reads_ends_all_with_status_2(outcomes: dict[str, list[Outcome]]) -> None:
+    assert statuses(outcomes["has_no_reader"]) == [2, 2]
 
 
 def test_a_small_all_reduce_names_the_silent_rank(outcomes: dict[str, list[Outcome]]) -> None:

@@ -318,7 +318,8 @@ class TokenFile:
         self._file.write(ids.data)
         if self._sent is None or self._sent.done():
             self._check_sent()
-            self._sent = self._helpers.submit(os.fsync, self._file.fileno())
+            sync = getattr(os, "fdatasync", os.fsync)  # macOS has the slower one alone
+            self._sent = self._helpers.submit(sync, self._file.fileno())
         self.tokens += ids.size
         self.documents += documents
         self.max_token_id = max(self.max_token_id, int(ids.max(initial=0)))
