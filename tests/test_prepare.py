@@ -157,7 +157,7 @@ def test_what_the_disk_says_to_an_early_flush_is_not_lost(tmp_path, monkeypatch)
         monkeypatch.undo()
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "fsync", fails_once)
+    monkeypatch.setattr(os, "fdatasync", fails_once, raising=False)  # macOS has none
     with ThreadPoolExecutor(1) as helpers:
         file = TokenFile(tmp_path / "partial", helpers)
         file.append(np.zeros(4, np.uint16), 1)
