@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-GRACE_S = 120.0
+GRACE_S = 30.0
 """Seconds that a process has between being asked to end, when a run saves, and being made to."""
 
 
