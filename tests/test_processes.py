@@ -109,11 +109,19 @@ def has_a_bug_in_a_check(team: Team) -> None:
     team.together(lambda: {0: "all is well"}[team.world.rank])
 
 
+def lose_reader() -> None:
+    for number in (1, 2):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+
 def has_no_reader(team: Team) -> None:
     if team.world.rank == 0:
-        for number in (1, 2):
-            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        lose_reader()
     has_a_bad_flag(team)
+
+
+def has_a_bug_and_no_log(team: Team) -> None:
+    steps(team, lambda: {}[lose_reader()])
 
 
 def does_not_join(team: Team) -> None:
@@ -128,7 +136,7 @@ SCENARIOS: dict[str, tuple[Callable[[Team], None], int]] = {
     for function, size in [
         *((agrees, 3), (has_other_code, 3), (finds_no_data, 2), (has_a_bad_flag, 2), (asks_for_help, 2)),
         *((trains, 2), (loses_its_disk, 3), (is_killed, 3), (sleeps, 3), (has_a_bug, 2), (does_not_join, 3)),
-        *((has_a_bug_in_a_check, 2), (has_no_reader, 2)),
+        *((has_a_bug_in_a_check, 2), (has_no_reader, 2), (has_a_bug_and_no_log, 2)),
     ]
 }
 
@@ -373,6 +381,12 @@ def test_an_error_of_the_program_in_a_check_leaves_its_traceback(outcomes: dict[
 
 def test_a_mistake_that_nobody_reads_ends_all_with_status_2(outcomes: dict[str, list[Outcome]]) -> None:
     assert statuses(outcomes["has_no_reader"]) == [2, 2]
+
+
+def test_a_bug_is_named_where_its_traceback_cannot_be_written(outcomes: dict[str, list[Outcome]]) -> None:
+    ranks = outcomes["has_a_bug_and_no_log"]
+    assert statuses(ranks) == [1, 1]
+    assert f"rank 1 ({socket.gethostname()}): stopped with KeyError: None" in the_sentence(ranks)
 
 
 def test_a_small_all_reduce_names_the_silent_rank(outcomes: dict[str, list[Outcome]]) -> None:

@@ -72,13 +72,15 @@ def end(pids: list[int]) -> None:
 
 
 def starter(pid: int) -> int:
-    """The torchrun that has started a process, or the process itself."""
+    """The caller's torchrun that has started a process, or the process itself."""
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        command = Path(f"/proc/{parent}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
         return pid
-    return parent if re.search(r"torchrun|torch\.distributed\.run", command) else pid
+    # A whole argument, with or without a path: not a shell whose command line only names it.
+    is_torchrun = re.search(rb"(^|[\0/.])torchrun(\.py)?\0|torch\.distributed\.run\0", command)
+    return parent if is_torchrun and uid(parent) == os.getuid() else pid
 
 
 def send(pids: list[int], number: signal.Signals) -> None:
