@@ -8,7 +8,6 @@ checkpoints, and the memory of a rank as a dry run predicts it and as these proc
 `--check` it is also measured, by as many real processes as the layout has.
 """
 
-import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from benchmarks.contenders import Work
 from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
 from benchmarks.ranks import Layout, started
 from nanogpt import perf
+from nanogpt.cores import usable_cores
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
 from nanogpt.units import format_bytes
@@ -98,7 +98,7 @@ def work_of(config: ShardingConfig) -> Work:
 
 def compare_steps(config: ShardingConfig, work: Work) -> dict[str, Any]:
     """Step times of one process and of the layout in turns, the state at rest, and checkpoints."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     alone = Layout(work=replace(work, batch_size=config.processes * work.batch_size), threads=cores)
     sharded = Layout(
         work=work,
