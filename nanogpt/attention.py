@@ -185,4 +185,24 @@ class ByProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NTD: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch passes one an output, declares one
-        return GRADIENTS(grad_NTD.contiguous(), *ctx.saved_tensors)
+        return ByProductsGradients.apply(grad_NTD.contiguous(), *ctx.saved_tensors)
+
+
+class ByProductsGradients(torch.autograd.Function):
+    """`gradients_by_products`, of which there is no gradient: an operator alone would pass for a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_NTD: Tensor, q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return GRADIENTS(grad_NTD, q_NTD, k_NTD, v_NTD)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError('attention by products has no second derivative; use attention="math"')

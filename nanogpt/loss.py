@@ -167,13 +167,20 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch passes one an output, declares one
+    def backward(ctx: Any, cotangent: Tensor | None, *of_grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch passes one an output, declares one
+        # Silence would take the gradients for constants. A graph's tracer passes something for each.
+        again = any(part is not None for part in of_grads) and not torch.compiler.is_compiling()
+        if cotangent is None or again:
+            raise NotImplementedError(
+                "this loss has no second derivative; differentiate next_token_loss(apply(...)) instead"
+            )
         features_grad, embedding_grad = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # nobody will differentiate them: a block's graph is for such alone
+            features_grad, embedding_grad = features_grad.detach(), embedding_grad.detach()
         if not is_one(cotangent):
             features_grad = features_grad * cotangent.to(features_grad.dtype)
             embedding_grad = embedding_grad * cotangent

@@ -130,7 +130,8 @@ def make_value_and_grad(
     """`(params, batch, dropout_key, scale) -> (loss, gradients of scale * loss)` over all microbatches.
 
     Loss and gradients are fp32 and have the names of `params`. On a `mesh` they are means over the ranks'
-    batches, and gradients are laid out as `params`.
+    batches, and gradients are laid out as `params`. They are not to be differentiated again (this raises):
+    for that take `torch.func.grad` of `next_token_loss(apply(..., attention="math"), ...)`.
     """
     loss = make_loss(
         config, precision=precision, attention=attention, loss_chunk_tokens=loss_chunk_tokens, compile=compile

@@ -101,6 +101,18 @@ def test_products_under_torch_func():
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # fp64 rounding
 
 
+def test_products_refuse_a_second_derivative():
+    q, k, v, grad = random_parts(10)
+
+    def first(q: Tensor) -> Tensor:
+        return torch.func.grad(lambda q: (by_products(q, k, v) * grad).sum())(q).square().sum()
+
+    with pytest.raises(
+        NotImplementedError, match=r'^attention by products has no second derivative; use attention="math"$'
+    ):
+        torch.func.grad(first)(q)
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_products_in_a_graph():
     parts = random_parts(10)

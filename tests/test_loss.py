@@ -1,5 +1,7 @@
 """The loss in chunks is the loss, and so are its gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,31 @@ def test_head_loss_passes_on_the_cotangent_and_copies_no_gradient_for_1(
     close(grads[0], expected[0])
     close(grads[1], expected[1])
     assert (grads[1].data_ptr() == head_grad.data_ptr()) == (factor == 1)
+
+
+@pytest.mark.parametrize("by", ["torch.func", "autograd"])
+def test_head_loss_refuses_a_second_derivative(features: Tensor, head: Tensor, targets: Tensor, by: str):
+    def loss(features: Tensor) -> Tensor:
+        settings = dict(vocab_size=V, chunk_tokens=8, chunk=None)
+        return HeadLoss.apply(features, head[:V], targets, torch.tensor(1.0), head, settings)[0]
+
+    def size_of_gradient(features: Tensor) -> Tensor:
+        if by == "torch.func":
+            return torch.func.grad(loss)(features).square().sum()
+        (grad,) = torch.autograd.grad(loss(features), features, create_graph=True)
+        return grad.square().sum()
+
+    derivative = torch.func.grad(size_of_gradient) if by == "torch.func" else taped_grad(size_of_gradient)
+    with pytest.raises(NotImplementedError, match=r"^this loss has no second derivative; differentiate "):
+        derivative(features)
+
+
+def taped_grad(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def grad(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(function(x), x)[0]
+
+    return grad
 
 
 @pytest.mark.parametrize(

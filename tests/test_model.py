@@ -131,6 +131,47 @@ def hugging_face_params(model: torch.nn.Module) -> Params:
     return {name.removeprefix("transformer."): leaf for name, leaf in model.named_parameters()}
 
 
+# Derivatives of derivatives
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # torch's own, of jvp
+@pytest.mark.parametrize("by", ["grad of grad", "jvp of grad"])
+def test_a_hessian_times_a_vector_is_the_slope_of_the_gradient(by: str):
+    params, (inputs, targets) = random_params(SMALL, spread=0.1), random_text(SMALL, rows=2, columns=16)
+    params = tree.map(torch.Tensor.double, params)
+    direction = {name: leaf.flip(0) for name, leaf in params.items()}
+
+    def dot(a: Params, b: Params) -> Tensor:
+        return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+    grad = torch.func.grad(
+        lambda params: next_token_loss(apply(params, inputs, SMALL, attention="math"), targets)
+    )
+    if by == "grad of grad":
+        product = torch.func.grad(lambda params: dot(grad(params), direction))(params)
+    else:
+        product = torch.func.jvp(grad, (params,), (direction,))[1]
+    ahead = grad(tree.map(lambda leaf, step: leaf + 1e-4 * step, params, direction))
+    behind = grad(tree.map(lambda leaf, step: leaf - 1e-4 * step, params, direction))
+    slope = tree.map(lambda a, b: (a - b) / 2e-4, ahead, behind)
+    # The loss is fp32: its gradients' rounding is divided by the distance.
+    assert max(relative_differences(product, slope).values()) < 1e-2
+
+
+def test_the_gradient_of_a_step_refuses_to_be_differentiated():
+    params, (inputs, targets) = random_params(SMALL, spread=0.1), random_text(SMALL, rows=2, columns=16)
+    value_and_grad = make_value_and_grad(SMALL, precision="float32", attention="math")
+
+    def size_of_gradient(params: Params) -> Tensor:
+        _, grads = value_and_grad(params, Batch(inputs[None], targets[None]), key_of(0), ONE)
+        return tree.global_norm(grads)
+
+    with pytest.raises(NotImplementedError, match=r"^this loss has no second derivative"):
+        torch.func.grad(size_of_gradient)(params)
+
+
 # Padding
 
 
