@@ -2,7 +2,8 @@
 
     python -m experiments.finetune --init.run-dir runs/gpt2_124m --data.path shakespeare
 
-The model's shape is that of the run that it starts from. Expected: the loss starts where the other run ended
+The model's shape is that of the run that it starts from, which may be OpenAI's GPT-2 (`python -m nanogpt.hf
+import gpt2 --run-dir runs/openai`). Expected: the loss starts where the other run ended
 and does not jump.
 """
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any
 
 
 def merges_file() -> bytes:
@@ -32,3 +33,24 @@ def mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
     table = str.maketrans({**byte_of, " ": None, "\n": apart})
     tokens = "\n".join([*byte_of, *merges]).translate(table).split(apart)
     return {token.encode("latin-1"): i for i, token in enumerate(tokens)}
+
+
+def hugging_face_tokenizer() -> dict[str, Any]:
+    """GPT-2's tokenizer in the format of Hugging Face's `tokenizer.json`, without its special token."""
+    merges = merges_of(merges_file())
+    vocab = [*byte_alphabet(), *"\n".join(merges).replace(" ", "").split("\n")]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "vocab": {token: i for i, token in enumerate(vocab)},
+        "merges": merges,
+    }
+    steps = {"normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
+    extent = {"truncation": None, "padding": None, "added_tokens": []}
+    return {"version": "1.0", **extent, **steps, "model": model}

@@ -38,6 +38,8 @@ from nanogpt.errors import UserError
 from nanogpt.ranks import Ranks
 from nanogpt.tree import Tree
 
+CHECKPOINTS = "checkpoints"
+"""Where a run directory has its checkpoints."""
 _STATE, _METADATA, _METRICS = "state", "metadata", "metrics"
 _PARAMS = "params/"
 _STAGING = "shards-"

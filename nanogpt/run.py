@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from nanogpt import command, doctor, optim, perf, sharding, tree
-from nanogpt.checkpoint import Checkpointer, load_params
+from nanogpt.checkpoint import CHECKPOINTS, Checkpointer, load_params
 from nanogpt.config import RunConfig
 from nanogpt.data import BatchSpec
 from nanogpt.dataset import open_dataset
@@ -29,7 +29,7 @@ from nanogpt.meeting import ALONE, World, restart_count, world
 from nanogpt.model import GPT2Config
 from nanogpt.plan import Plan, plan_text
 from nanogpt.processes import Team, code_hashes
-from nanogpt.run_dir import CHECKPOINTS, METRICS, PICTURE, describe, own_run_dir, starting_step, to_json
+from nanogpt.run_dir import METRICS, PICTURE, describe, own_run_dir, starting_step, to_json
 from nanogpt.tracker import Console, JsonLines, Trackers, WandB
 from nanogpt.train import Precision, TrainState, init_state
 

@@ -22,7 +22,7 @@ from nanogpt.config import RunConfig
 from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
 
-CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+CONFIG, METRICS, PICTURE = "config.json", "metrics.jsonl", "loss.png"
 # What may change when a run goes on: it decides neither the numbers nor which tokens are seen. None is a
 # whole group.
 FREE_TO_CHANGE = {
@@ -64,6 +64,11 @@ def starting_step(config: RunConfig, dataset: Dataset, checkpointer: Checkpointe
             "--resume"
         )
     for about in (known, None if latest is None else checkpointer.metadata(latest)):
+        if about is not None and "imported" in about:
+            raise UserError(
+                f"{run_dir} holds parameters from {about['imported']}, expected a run's directory; choose "
+                f"another --run-dir and start from them with --init.run-dir {run_dir}"
+            )
         if about is not None:
             check_same_run(about, config, dataset)
     return latest or 0

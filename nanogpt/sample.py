@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nanogpt import command
-from nanogpt.checkpoint import load_params
+from nanogpt.checkpoint import CHECKPOINTS, load_params
 from nanogpt.config import LARGEST_SEED
 from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
@@ -200,7 +200,7 @@ class SampleCommand:
 
 def main(wanted: SampleCommand) -> None:
     """Prints `count` texts, a line of dashes between them."""
-    params, metadata = load_params(wanted.run_dir / "checkpoints")
+    params, metadata = load_params(wanted.run_dir / CHECKPOINTS)
     config = GPT2Config(**metadata["config"]["model"])
     tokenizer = tokenizer_from(metadata["tokenizer"])
     prompt = torch.tensor([tokenizer.encode(wanted.prompt)] * wanted.count)

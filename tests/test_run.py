@@ -25,13 +25,13 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.gpt2_124m import config as gpt2_124m
-from nanogpt import loop, perf, tree
-from nanogpt.checkpoint import Checkpointer
+from nanogpt import hf, loop, perf, tree
+from nanogpt.checkpoint import Checkpointer, load_params
 from nanogpt.config import DataConfig, RunConfig, TrainConfig
 from nanogpt.data import BatchSpec
 from nanogpt.errors import UserError
 from nanogpt.loop import RunResult, check_finite
-from nanogpt.model import GPT2Config
+from nanogpt.model import GPT2Config, init
 from nanogpt.optim import warmup_cosine
 from nanogpt.run import check_attention, cut_in_words, fit, main, make_optimizer, smaller_microsteps
 from nanogpt.tracker import read_metrics
@@ -425,6 +425,23 @@ def test_a_directory_that_is_no_runs(refused: Callable[..., str], tmp_path: Path
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("mine")
     assert "holds metrics.jsonl but no config.json, so it is not a run's directory" in refused()
+
+
+def test_imported_parameters_are_to_start_from_and_no_run(
+    refused: Callable[..., str], go: Go, tmp_path: Path
+) -> None:
+    model = GPT2Config(vocab_size=32, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    params = init(model, torch.Generator().manual_seed(3))
+    hf.save_pretrained(tmp_path / "theirs", params, model)
+    hf.Import(source=str(tmp_path / "theirs"), run_dir=tmp_path / "run")()
+    said = refused()
+    assert "holds parameters from" in said
+    assert f"start from them with --init.run-dir {tmp_path / 'run'}" in said
+    go(tmp_path / "mine", *EAGER, init__run_dir=tmp_path / "run", train__stop_after=1)
+    moved, _ = load_params(tmp_path / "mine/checkpoints")
+    fresh = init(model, torch.Generator().manual_seed(RunConfig().train.seed))
+    near, far = (tree.global_norm({n: moved[n] - p[n] for n in p}) for p in (params, fresh))
+    assert near < far / 10  # one step of warmup is short
 
 
 def test_a_checkpoint_of_another_shape(

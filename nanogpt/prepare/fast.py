@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from nanogpt.byte_pairs import byte_alphabet, merges_file, merges_of
+from nanogpt.byte_pairs import hugging_face_tokenizer
 
 
 @functools.cache
@@ -21,21 +21,5 @@ def fastokens_tokenizer() -> Any:
 
 @functools.cache
 def tokenizer_json() -> str:
-    """GPT-2's tokenizer in the format of Hugging Face's `tokenizer.json`, without its special token."""
-    merges = merges_of(merges_file())
-    vocab = [*byte_alphabet(), *"\n".join(merges).replace(" ", "").split("\n")]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model: dict[str, Any] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "vocab": {token: i for i, token in enumerate(vocab)},
-        "merges": merges,
-    }
-    steps = {"normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level}
-    extent = {"truncation": None, "padding": None, "added_tokens": []}
-    return orjson.dumps({"version": "1.0", **extent, **steps, "model": model}).decode()
+    """What fastokens builds the tokenizer from."""
+    return orjson.dumps(hugging_face_tokenizer()).decode()
