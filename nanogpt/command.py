@@ -15,7 +15,7 @@ from nanogpt.errors import UserError
 Config = TypeVar("Config")
 
 
-def parse(kind: type[Config], *, default: Config = tyro.MISSING) -> Config:
+def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Config:
     """A `kind` as the command line changes `default`; `--help` opens with the docstring of the program.
 
     Raises UserError, as `kind` raised it, for values that do not fit together, and SystemExit (status 2)
