@@ -197,6 +197,8 @@ CONTENDERS: dict[str, Callable[[Work], Step]] = {
     "litgpt": litgpt,
 }
 PACKAGES = {"hugging_face": "transformers", "litgpt": "litgpt"}
+MODELS = {"hugging_face": "GPT2LMHeadModel", "litgpt": "GPT"}
+"""What a contender takes of its package, which may import it only then."""
 
 
 def installed_contenders() -> list[str]:
@@ -213,6 +215,21 @@ def check_installed(*names: str) -> None:
                 f"no package {PACKAGES[name]} on this machine, expected it for the contender {name}; install "
                 f"it (nanogpt[peers] has it), or leave {name} out"
             )
+
+
+def check_imports(name: str) -> None:
+    """Raises UserError for a contender whose package is not here, or cannot be imported."""
+    check_installed(name)
+    if name not in PACKAGES:
+        return
+    try:
+        getattr(importlib.import_module(PACKAGES[name]), MODELS[name])
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"package {PACKAGES[name]} cannot be imported ({why}), expected it for the contender {name}; "
+            f"install one that fits the packages beside it (nanogpt[peers] has it), or leave {name} out"
+        ) from error
 
 
 def module_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], work: Work) -> Step:

@@ -18,7 +18,7 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.contenders import CONTENDERS, Work, batches_of, check_installed
+from benchmarks.contenders import CONTENDERS, Work, batches_of, check_imports
 from benchmarks.measure import (
     choose_device,
     facts,
@@ -257,7 +257,7 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
 
 def benchmark(config: LimitConfig) -> dict[str, Any]:
     """Floor, by the best rates before and after the steps; breakdown, and how much of a step the floor is."""
-    check_installed(config.contender)
+    check_imports(config.contender)
     work = work_of(config)
     before = rates_of(work)
     say(f"floor: {floor_of(work, before)['total_s']:.3f} s")

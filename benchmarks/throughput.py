@@ -18,7 +18,7 @@ import torch.distributed as dist
 import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks.contenders import SEED, Work, batches_of, check_installed, make_optimizer, step_of
+from benchmarks.contenders import SEED, Work, batches_of, check_imports, make_optimizer, step_of
 from benchmarks.measure import (
     choose_device,
     facts,
@@ -195,7 +195,7 @@ def cold_and_warm_s(contender: str, work: Work) -> dict[str, float]:
 
 def benchmark(config: ThroughputConfig) -> dict[str, Any]:
     """All rows."""
-    check_installed(config.contender)
+    check_imports(config.contender)
     works = works_of(config)
     device = torch.device(works[0].device)
     hardware = perf.detect(device)

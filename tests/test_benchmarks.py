@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,37 @@ def test_a_peer_that_fails_is_left_out_and_named(tmp_path: Path, monkeypatch: py
         "litgpt failed and is left out: AssertionError: no memory after the first turn",
     ):
         assert note in peers.table_of(result)
+
+
+@pytest.mark.parametrize(
+    ("package", "text", "why"),
+    [
+        ("broken_litgpt", "import an_older_hub", "No module named 'an_older_hub'"),
+        ("lazy_litgpt", "def __getattr__(name): raise ImportError('no\\n' + name)", "no GPT"),
+    ],
+)
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: limit.benchmark(limit.LimitConfig(contender="litgpt", quick=True)),
+        lambda: throughput.benchmark(throughput.ThroughputConfig(contender="litgpt", quick=True)),
+    ],
+    ids=["limit", "throughput"],
+)
+def test_a_contender_alone_whose_package_is_broken_is_refused(
+    start: Callable[[], Any],
+    package: str,
+    text: str,
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / f"{package}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(contenders.PACKAGES, "litgpt", package)
+    message = rf"package {package} cannot be imported \({why}\), expected it for .*, or leave litgpt out"
+    with pytest.raises(UserError, match=message):
+        start()
 
 
 @pytest.mark.parametrize("reader", [MappedTokens, PreadTokens])
