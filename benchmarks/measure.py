@@ -110,6 +110,16 @@ def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None
             raise UserError(f"{' '.join(words)} is {got}, expected at least {least}; set --{'-'.join(words)}")
 
 
+def require_some(**values: tuple[object, ...] | None) -> None:
+    """Raises UserError for a flag of several values that is given none; None leaves the choice to others."""
+    for name, value in values.items():
+        if value == ():
+            words = name.split("_")
+            raise UserError(
+                f"{' '.join(words)} is not given, expected at least one value; set --{'-'.join(words)}"
+            )
+
+
 def choose_device(device: str | None) -> str:
     """ "cpu" or "cuda": `device`, or the GPU where there is one. Raises UserError for any other, and where
     there is no GPU and one is wanted."""

@@ -24,6 +24,7 @@ from benchmarks.measure import (
     finish,
     one_line_errors,
     require_at_least,
+    require_some,
     say,
     spread,
     table,
@@ -82,6 +83,7 @@ class PeersConfig:
             accumulation=self.accumulation,
             steps=self.steps,
         )
+        require_some(contenders=self.contenders)
         if self.contenders is not None and "ours" not in self.contenders:
             raise UserError(
                 f"contenders are {', '.join(self.contenders)}, expected ours among them; set --contenders"

@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from benchmarks import data, limit, parts, peers, predict, prepare, sharding, throughput
-from benchmarks.measure import choose_device, facts, finish, one_line_errors, read_json, say
+from benchmarks.measure import choose_device, facts, finish, one_line_errors, read_json, require_some, say
 from benchmarks.pictures import pictures_of
 from nanogpt.errors import UserError
 from nanogpt.units import format_bytes
@@ -111,6 +111,7 @@ class ReportConfig:
     """Small models and files, to see that everything works."""
 
     def __post_init__(self) -> None:
+        require_some(only=self.only)
         for option, names in {"only": self.only, "arguments": self.own_arguments}.items():
             for name in names:
                 if name not in TITLES:

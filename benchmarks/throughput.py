@@ -25,6 +25,7 @@ from benchmarks.measure import (
     finish,
     one_line_errors,
     require_at_least,
+    require_some,
     say,
     spread,
     table,
@@ -92,6 +93,9 @@ class ThroughputConfig:
         require_at_least(2, steps=self.steps)
         require_at_least(
             1, batch_size=self.batch_size, block_size=self.block_size, accumulation=self.accumulation
+        )
+        require_some(
+            model=self.model, precision=self.precision, attention=self.attention, compile=self.compile
         )
         if self.contender != "ours" and self.attention != ("auto",):
             raise UserError(

@@ -724,6 +724,18 @@ def test_throughput_has_a_row_for_each_combination() -> None:
             lambda: prepare.PrepareBenchmark(workers=()),
             "workers is not given, expected at least 1; set --workers",
         ),
+        *(
+            (
+                functools.partial(config, **{name: ()}),
+                f"{name} is not given, expected at least one value; set --{name}",
+            )
+            for config, names in {
+                throughput.ThroughputConfig: ("model", "precision", "attention", "compile"),
+                peers.PeersConfig: ("contenders",),
+                report.ReportConfig: ("only",),
+            }.items()
+            for name in names
+        ),
         (
             lambda: throughput.ThroughputConfig(contender="plain", attention=("auto", "flash")),
             "--attention auto flash with --contender plain, which has its own, expected auto; leave one",
