@@ -42,7 +42,7 @@ class DataBenchmark:
     batch_size: int = 64
     """Sequences in a microstep, at least 1."""
     total_batch_size: int = 524288
-    """Tokens in a step, at least 1."""
+    """Tokens in a step, a multiple of those in a microstep."""
     rounds: int = 2
     """Times that each reader reads the file, in turns; at least 1."""
     quick: bool = False
@@ -57,6 +57,13 @@ class DataBenchmark:
             total_batch_size=self.total_batch_size,
             rounds=self.rounds,
         )
+        micro = self.batch_size * self.block_size
+        if self.total_batch_size % micro:
+            raise UserError(
+                f"total batch size is {self.total_batch_size:,} tokens, expected a multiple of {micro:,} "
+                f"({self.batch_size} sequences x {self.block_size} tokens); set --total-batch-size, "
+                f"--batch-size or --block-size"
+            )
 
     @property
     def small(self) -> "DataBenchmark":

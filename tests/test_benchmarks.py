@@ -721,6 +721,10 @@ def test_throughput_has_a_row_for_each_combination() -> None:
             "batch size is 4 0, expected at least 1; set --batch-size",
         ),
         (
+            lambda: data.DataBenchmark(total_batch_size=100_000),
+            r"total batch size is 100,000 tokens, expected a multiple of 65,536 \(64 sequences x 1024 .*\)",
+        ),
+        (
             lambda: prepare.PrepareBenchmark(workers=()),
             "workers is not given, expected at least 1; set --workers",
         ),
