@@ -18,7 +18,16 @@ import tyro
 
 from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
 from benchmarks.worker import peak_bytes, reset_peak, resident_bytes
-from nanogpt.data import BatchSpec, MappedTokens, PreadTokens, Tokens, batch_at, prefetch, window_count
+from nanogpt.data import (
+    TOKEN_BYTES,
+    BatchSpec,
+    MappedTokens,
+    PreadTokens,
+    Tokens,
+    batch_at,
+    prefetch,
+    window_count,
+)
 from nanogpt.errors import UserError
 from nanogpt.units import format_bytes, format_count
 
@@ -34,7 +43,8 @@ class DataBenchmark:
     """Read a token file as training does, mapped and with pread."""
 
     file_bytes: int = 1_000_000_000
-    """Size of the file, at least one batch; it is written to the temporary directory and removed."""
+    """Size of the file, two for each token of at least 4 batches; it is written to the temporary directory,
+    and removed."""
     path: Path | None = None
     """A token file to read instead."""
     block_size: int = 1024
@@ -64,6 +74,20 @@ class DataBenchmark:
                 f"({self.batch_size} sequences x {self.block_size} tokens); set --total-batch-size, "
                 f"--batch-size or --block-size"
             )
+        if self.file_bytes % TOKEN_BYTES:
+            raise UserError(
+                f"file bytes is {self.file_bytes:,}, expected {TOKEN_BYTES} for each token; set --file-bytes"
+            )
+
+    @property
+    def spec(self) -> BatchSpec:
+        """The batches to read."""
+        return BatchSpec(
+            block_size=self.block_size,
+            batch_size=self.batch_size,
+            total_batch_size=self.total_batch_size,
+            seed=1337,
+        )
 
     @property
     def small(self) -> "DataBenchmark":
@@ -83,11 +107,20 @@ class Pass(NamedTuple):
     """Most memory while reading, less memory before."""
 
 
+def steps_of(token_count: int, spec: BatchSpec) -> int:
+    """Batches in an epoch of so many tokens. Raises UserError where they are too few to tell anything."""
+    steps = window_count(token_count, spec.block_size) // spec.sequences
+    if steps < 4:
+        raise UserError(
+            f"the file holds {steps} batches, expected at least 4; set a larger --file-bytes, or another "
+            f"--path or --total-batch-size"
+        )
+    return steps
+
+
 def read_all(tokens: Tokens, spec: BatchSpec) -> Pass:
     """Every batch of one epoch."""
-    steps = window_count(len(tokens), spec.block_size) // spec.sequences
-    if steps < 4:
-        raise UserError(f"the file holds {steps} batches, expected at least 4; set a larger --file-bytes")
+    steps = steps_of(len(tokens), spec)
     reset_peak("cpu")
     before, seconds, resident = resident_bytes(), [], []
     for step in range(steps):
@@ -122,19 +155,13 @@ def write_file(path: Path, size: int) -> None:
 
 def measure(path: Path, config: DataBenchmark) -> dict[str, Any]:
     """Both readers' numbers."""
-    spec = BatchSpec(
-        block_size=config.block_size,
-        batch_size=config.batch_size,
-        total_batch_size=config.total_batch_size,
-        seed=1337,
-    )
     passes: dict[str, list[Pass]] = {name: [] for name in READERS}
     waits = {}
     for number in range(config.rounds):
         for name, reader in READERS.items():
             tokens = reader(path)
-            passes[name].append(read_all(tokens, spec))
-            waits[name] = wait_of_prefetch(tokens, spec, steps=8, step_s=0.1)
+            passes[name].append(read_all(tokens, config.spec))
+            waits[name] = wait_of_prefetch(tokens, config.spec, steps=8, step_s=0.1)
             done = passes[name][-1]
             say(f"round {number + 1}, {name}: {format_count(done.tokens / sum(done.seconds))} tokens/s")
     size = path.stat().st_size
@@ -187,6 +214,7 @@ def main() -> None:
             path = config.path
             if path is None:
                 path = Path(folder, "train.bin")
+                steps_of(config.file_bytes // TOKEN_BYTES, config.spec)
                 write_file(path, config.file_bytes)
             result = {"benchmark": "data", "facts": facts("cpu")} | measure(path, config)
     print(table_of(result))

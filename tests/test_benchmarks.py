@@ -220,6 +220,16 @@ def test_a_file_of_too_few_batches_is_refused(tmp_path: Path) -> None:
         data.read_all(MappedTokens(tmp_path / "train.bin"), spec)
 
 
+def test_a_file_of_too_few_batches_is_not_even_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "write_file", lambda path, size: pytest.fail("written"))
+    monkeypatch.setattr(sys, "argv", ["data", "--file-bytes", "4000000"])
+    with pytest.raises(SystemExit, match="2"):
+        data.main()
+    assert capsys.readouterr().err.startswith("error: the file holds 3 batches, expected at least 4; set a ")
+
+
 def test_a_written_file_has_the_size_asked_for_and_ids_of_the_vocabulary(tmp_path: Path) -> None:
     data.write_file(tmp_path / "train.bin", 1_000_002)
     ids = np.fromfile(tmp_path / "train.bin", dtype=np.uint16)
@@ -723,6 +733,10 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         (
             lambda: data.DataBenchmark(total_batch_size=100_000),
             r"total batch size is 100,000 tokens, expected a multiple of 65,536 \(64 sequences x 1024 .*\)",
+        ),
+        (
+            lambda: data.DataBenchmark(file_bytes=1_000_001),
+            "file bytes is 1,000,001, expected 2 for each token; set --file-bytes",
         ),
         (
             lambda: prepare.PrepareBenchmark(workers=()),
