@@ -88,13 +88,14 @@ def draw_memory(axes: Axes, result: Result) -> None:
     plans = []
     for row in rows:
         work = row["work"]
+        here = chunk_tokens_of(work["device"], work["precision"])  # older reports do not say what was there
         plans.append(
             perf.memory_plan(
                 GPT2Config(**work["model"]),
                 batch_size=work["batch_size"],
                 block_size=work["model"]["block_size"],
                 precision=work["precision"],
-                loss_chunk_tokens=chunk_tokens_of(work["device"], work["precision"]),
+                loss_chunk_tokens=row.get("loss_chunk_tokens", here),
                 compile=work["compile"],
                 device_type=work["device"],
             )

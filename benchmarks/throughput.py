@@ -34,6 +34,7 @@ from benchmarks.worker import WARMUP_STEPS, Worker, WorkerError, peak_bytes, res
 from nanogpt import perf, sharding
 from nanogpt.attention import Attention
 from nanogpt.errors import UserError
+from nanogpt.loss import chunk_tokens_of
 from nanogpt.meeting import World, world
 from nanogpt.model import GPT2Config
 from nanogpt.processes import Team
@@ -152,6 +153,7 @@ def row_of(
     tokens_per_second = ranks * work.tokens / step.median
     return {
         "work": asdict(work),
+        "loss_chunk_tokens": chunk_tokens_of(work.device, work.precision),
         "ranks": ranks,
         "tokens_per_second": tokens_per_second,
         "flops_per_second": tokens_per_second * perf.flops_per_token(work.model, work.model.block_size),

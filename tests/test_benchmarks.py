@@ -26,6 +26,7 @@ from benchmarks import (
     limit,
     parts,
     peers,
+    pictures,
     predict,
     prepare,
     report,
@@ -667,6 +668,24 @@ def test_a_row_of_several_ranks_is_of_the_whole_job() -> None:
     (row,) = throughput.with_mfu([row], {WORK.precision: (1e9, "peak of all")})
     assert row["tokens_per_second"] == 4 * WORK.tokens / 2.0
     assert row["mfu"] == row["tokens_per_second"] * perf.flops_per_token(TINY, TINY.block_size) / 1e9
+
+
+def test_a_picture_of_memory_has_the_logits_of_the_machine_that_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = throughput.row_of(replace(WORK, device="cuda"), [2.0], {"steps": 1, "whole": 2}, 3.0)
+    assert there["loss_chunk_tokens"] == loss.GPU_CHUNK_TOKENS
+    older = {name: value for name, value in there.items() if name != "loss_chunk_tokens"}
+    planned, plan = [], perf.memory_plan
+
+    def memory_plan(model: GPT2Config, *, loss_chunk_tokens: int, **how: Any) -> dict[str, int]:
+        planned.append(loss_chunk_tokens)
+        return plan(model, loss_chunk_tokens=loss_chunk_tokens, **how)
+
+    monkeypatch.setattr(perf, "memory_plan", memory_plan)
+    monkeypatch.setattr(loss, "GPU_CHUNK_TOKENS", 7)
+    pictures.svg_of(pictures.draw_memory, {"rows": [there, older]})
+    assert planned == [there["loss_chunk_tokens"], 7]
 
 
 def test_a_peak_measured_in_a_busy_moment_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
