@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
 from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
 from benchmarks.worker import peak_bytes, reset_peak, resident_bytes
+from nanogpt.command import parse
 from nanogpt.data import (
     TOKEN_BYTES,
     BatchSpec,
@@ -208,7 +208,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        config = tyro.cli(DataBenchmark)
+        config = parse(DataBenchmark, default=DataBenchmark())
         config = config.small if config.quick else config
         with tempfile.TemporaryDirectory(prefix="nanogpt-data-") as folder:
             path = config.path

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._inductor.config as inductor
-import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,6 +29,7 @@ from benchmarks.measure import (
     table,
 )
 from nanogpt import perf
+from nanogpt.command import parse
 from nanogpt.model import GPT2Config
 from nanogpt.train import DTYPES
 
@@ -299,7 +299,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        result = benchmark(tyro.cli(LimitConfig))
+        result = benchmark(parse(LimitConfig, default=LimitConfig()))
     print(table_of(result))
     finish(result)
 

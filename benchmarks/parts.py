@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from benchmarks.contenders import BETAS, SCHEDULE, SEED, WEIGHT_DECAY
@@ -30,6 +29,7 @@ from benchmarks.measure import (
 )
 from nanogpt import optim, perf, tree
 from nanogpt.checkpoint import Checkpointer
+from nanogpt.command import parse
 from nanogpt.graph import as_one_graph
 from nanogpt.loss import chunk_loss_and_grads, chunk_tokens_of, head_loss_and_grads
 from nanogpt.model import GPT2Config, Params, apply, init
@@ -203,7 +203,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        result = benchmark(tyro.cli(PartsConfig))
+        result = benchmark(parse(PartsConfig, default=PartsConfig()))
     print(table_of(result))
     finish(result)
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from benchmarks.contenders import Work, check_installed, installed_contenders
 from benchmarks.measure import (
@@ -31,6 +30,7 @@ from benchmarks.measure import (
 )
 from benchmarks.worker import Memory, Started, Worker, WorkerError
 from nanogpt import perf
+from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
 from nanogpt.train import DTYPES
@@ -292,7 +292,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        config = tyro.cli(PeersConfig)
+        config = parse(PeersConfig, default=PeersConfig())
         work = work_of(config)
         say(f"{', '.join(contenders_of(config))}: {work}")
         result = compare(config)

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
 from benchmarks import dry_run
 from benchmarks.contenders import Work
 from benchmarks.measure import facts, finish, one_line_errors, read_json, require_at_least, table
 from nanogpt import perf
+from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.loss import chunk_tokens_of
 from nanogpt.model import GPT2Config
@@ -354,7 +353,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        result = benchmark(tyro.cli(PredictConfig))
+        result = benchmark(parse(PredictConfig, default=PredictConfig()))
     print(table_of(result))
     finish(result)
 

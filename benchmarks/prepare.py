@@ -23,9 +23,9 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-import tyro
 
 from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
+from nanogpt.command import parse
 from nanogpt.prepare.bundled import bundled_text
 from nanogpt.prepare.config import choose_engine
 from nanogpt.prepare.engines import encode_each, fastokens_encoder
@@ -199,7 +199,7 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        config = tyro.cli(PrepareBenchmark)
+        config = parse(PrepareBenchmark, default=PrepareBenchmark())
         config = config.small if config.quick else config
         engines = ["tiktoken"] + (["fastokens"] if choose_engine("auto", "gpt2") == "fastokens" else [])
         texts = list(repeated(source_texts(config.source), config.megabytes * 1_000_000))

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from benchmarks import data, limit, parts, peers, predict, prepare, sharding, throughput
 from benchmarks.measure import choose_device, facts, finish, one_line_errors, read_json, require_some, say
 from benchmarks.pictures import pictures_of
+from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.units import format_bytes
 
@@ -324,7 +323,7 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
 
 def main() -> None:
     with one_line_errors():
-        config = tyro.cli(ReportConfig)
+        config = parse(ReportConfig, default=ReportConfig())
         if config.render is not None:
             report, name, folder = read_json(config.render), config.render.stem, config.render.parent
         else:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from benchmarks import dry_run
 from benchmarks.contenders import Work
 from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
 from benchmarks.ranks import Layout, started
 from nanogpt import perf
+from nanogpt.command import parse
 from nanogpt.cores import usable_cores
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
@@ -268,7 +268,7 @@ def memory_table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        config = tyro.cli(ShardingConfig)
+        config = parse(ShardingConfig, default=ShardingConfig())
         result = benchmark(config)
     print(table_of(result))
     finish(result)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.contenders import SEED, Work, batches_of, check_imports, make_optimizer, step_of
@@ -33,6 +32,7 @@ from benchmarks.measure import (
 from benchmarks.worker import WARMUP_STEPS, Worker, WorkerError, peak_bytes, reset_peak
 from nanogpt import perf, sharding
 from nanogpt.attention import Attention
+from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.loss import chunk_tokens_of
 from nanogpt.meeting import World, world
@@ -324,7 +324,7 @@ def check_alone(config: ThroughputConfig) -> ThroughputConfig:
 def run_as_rank(here: World) -> None:
     """This process's side of a job of torchrun's; rank 0 prints."""
     with Team(here) as team:
-        config = team.together(lambda: check_sharded(tyro.cli(ThroughputConfig)))
+        config = team.together(lambda: check_sharded(parse(ThroughputConfig, default=ThroughputConfig())))
         device_type = choose_device(config.device)
         with team.connected(device_type, timeout_s=COLLECTIVE_LIMIT_S):
             result = benchmark_sharded(replace(config, device=device_type), here)
@@ -373,7 +373,7 @@ def main() -> None:
         if here.size > 1:
             run_as_rank(here)
             return
-        config = check_alone(tyro.cli(ThroughputConfig))
+        config = check_alone(parse(ThroughputConfig, default=ThroughputConfig()))
         result = benchmark(config)
     print(table_of(result))
     finish(result)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -827,6 +827,33 @@ def test_a_mistake_is_one_sentence(make, message: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(contenders.PACKAGES, "litgpt", "litgpt_of_nobody")
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "message"),
+    [
+        (data, "--rounds 0", "rounds is 0, expected at least 1; set --rounds"),
+        (limit, "--steps 0", "steps is 0, expected at least 1; set --steps"),
+        (parts, "--repeats 1", "repeats is 1, expected at least 2; set --repeats"),
+        (peers, "--turns 1", "turns is 1, expected at least 2; set --turns"),
+        (predict, "--batch-size 0", "batch size is 0, expected at least 1; set --batch-size"),
+        (prepare, "--workers 1 0", "workers is 1 0, expected at least 1; set --workers"),
+        (report, "--only", "only is not given, expected at least one value; set --only"),
+        (sharding, "--saves 1", "10 turns and 1 saves, expected at least 2; set --turns and --saves"),
+        (throughput, "--model", "model is not given, expected at least one value; set --model"),
+    ],
+)
+def test_a_mistake_of_flags_is_one_line_on_a_terminal(
+    program: ModuleType,
+    flags: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_quick_run_is_of_the_file_that_it_is_given() -> None:
