@@ -96,9 +96,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON of a file: all of it, or its last line, as a benchmark prints it."""
     try:
         text = path.read_text().strip()
-        return json.loads(text if text.startswith("{") else text.splitlines()[-1])
-    except (OSError, json.JSONDecodeError, IndexError) as error:
+        found = json.loads(text if text.startswith("{") else text.splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a result ({error}); give a benchmark's output") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, no result; give a benchmark's output")
+    return found
 
 
 def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:

@@ -149,12 +149,23 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """The JSON of a report. Raises UserError for any other, which its pages would lie beside or replace."""
+    found = read_json(path)
+    if found.get("benchmark") != "report":
+        raise UserError(
+            f"{path} is a result of {found.get('benchmark', 'no benchmark')}, expected that of "
+            f"benchmarks.report; set another --render or --name"
+        )
+    return found
+
+
 def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str, Any]:
     """The report's JSON: results by benchmark, on top of what an older report had. It is in `path` after each
     of them, for those that read it and for whoever stops the rest. Predictions measure nothing, so made again
     elsewhere they leave the report that of the machine that it was measured on. Raises UserError where
     another machine's results would stay beside this one's."""
-    old = read_json(path) if path.exists() else {}
+    old = read_report(path) if path.exists() else {}
     if config.only == ("predict",):
         about = old.get("facts", about)
     device = about["device"]
@@ -325,7 +336,7 @@ def main() -> None:
     with one_line_errors():
         config = parse(ReportConfig, default=ReportConfig())
         if config.render is not None:
-            report, name, folder = read_json(config.render), config.render.stem, config.render.parent
+            report, name, folder = read_report(config.render), config.render.stem, config.render.parent
         else:
             about, folder = facts(choose_device(config.device)), config.out
             name = config.name or name_of(about, quick=config.quick)

@@ -434,9 +434,27 @@ def test_a_file_without_the_result_names_the_command_that_makes_it(tmp_path: Pat
     config = predict.PredictConfig(measured=path, quick=True)
     with pytest.raises(UserError, match=r"json holds no result of .*; run python -m benchmarks\.throughput"):
         predict.benchmark(config)
-    path.write_text("no json")
-    with pytest.raises(UserError, match=r"cannot be read as a result \(.*\); give a benchmark's output"):
+    for text in (b"no json", b"\xff"):
+        path.write_bytes(text)
+        with pytest.raises(UserError, match=r"json cannot be read as a result \(.*\); give a benchmark's"):
+            predict.benchmark(config)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match=r"json holds a list, no result; give a benchmark's output"):
         predict.benchmark(config)
+
+
+@pytest.mark.parametrize("flags", ["--render {path}", "--out {folder} --name mine --only data"])
+def test_pages_are_only_made_of_a_report(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text := '{"benchmark": "peers", "facts": {}}')
+    monkeypatch.setattr(report, "run_benchmark", lambda name, arguments: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["report", *flags.format(path=path, folder=tmp_path).split()])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "mine.json is a result of peers, expected that of benchmarks.report" in capsys.readouterr().err
+    assert ([*tmp_path.iterdir()], path.read_text()) == ([path], text)
 
 
 def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) -> None:
