@@ -26,6 +26,7 @@ import pyarrow.parquet
 
 from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
 from nanogpt.command import parse
+from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import bundled_text
 from nanogpt.prepare.config import choose_engine
 from nanogpt.prepare.engines import encode_each, fastokens_encoder
@@ -66,10 +67,21 @@ class PrepareBenchmark:
 
 
 def source_texts(path: Path | None) -> list[str]:
+    """The texts to repeat. Raises UserError where the file holds none, or something else."""
     if path is None:
         return bundled_text().split("\n\n")
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
-        return [json.loads(line)["text"] for line in file]
+    try:
+        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+            texts = [json.loads(line)["text"] for line in file]
+        is_empty = not "".join(texts)
+    except (OSError, ValueError, LookupError, TypeError, EOFError, lzma.LZMAError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON lines with a text ({type(error).__name__}: {error}); set another "
+            f"--source, or leave it out for the bundled plays"
+        ) from error
+    if is_empty:  # and could be repeated for ever
+        raise UserError(f"{path} has no text, expected at least one character; set another --source")
+    return texts
 
 
 def repeated(texts: list[str], size: int) -> Iterator[str]:

@@ -874,6 +874,33 @@ def test_a_mistake_of_flags_is_one_line_on_a_terminal(
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"content": "a"}', "KeyError: 'text'"),
+        ("a.jsonl", '["a"]', "TypeError: list indices"),
+        ("a.jsonl", '{"text": 5}', "TypeError: sequence item 0: expected str"),
+        ("a.jsonl", "a", "JSONDecodeError: Expecting value"),
+        ("a.xz", "plain", "LZMAError: Input format not supported"),
+        ("a.jsonl", None, "FileNotFoundError: "),
+    ],
+)
+def test_a_corpus_of_something_else_is_refused(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name} cannot be read as JSON lines with a text \({message}"):
+        prepare.source_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": ""}'])
+def test_a_corpus_without_a_character_is_not_repeated_for_ever(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match="has no text, expected at least one character; set another --source"):
+        prepare.source_texts(tmp_path / "a.jsonl")
+
+
 def test_a_quick_run_is_of_the_file_that_it_is_given() -> None:
     path = Path("mine")
     assert data.DataBenchmark(path=path, quick=True, block_size=64).small == data.DataBenchmark(
