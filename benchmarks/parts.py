@@ -30,6 +30,7 @@ from benchmarks.measure import (
 from nanogpt import optim, perf, tree
 from nanogpt.checkpoint import Checkpointer
 from nanogpt.command import parse
+from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
 from nanogpt.loss import chunk_loss_and_grads, chunk_tokens_of, head_loss_and_grads
 from nanogpt.model import GPT2Config, Params, apply, init
@@ -38,6 +39,7 @@ from nanogpt.train import DTYPES, head_in, init_state
 from nanogpt.update import make_update
 
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
+PROMPT_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class PartsConfig:
     tokens: int = 1024
     """Tokens of the loss, at least 1."""
     new_tokens: int = 32
-    """Tokens to sample, at least 1; without a cache as many again."""
+    """Tokens to sample, from 1 to what fits the model after a prompt of 8; without a cache as many again."""
     repeats: int = 5
     """Timings of each part, at least 2, in turns."""
     compile: bool = True
@@ -62,6 +64,17 @@ class PartsConfig:
     def __post_init__(self) -> None:
         require_at_least(1, tokens=self.tokens, new_tokens=self.new_tokens)
         require_at_least(2, repeats=self.repeats)
+        most = self.shape.block_size - PROMPT_TOKENS + 1  # nothing follows the last one
+        if self.new_tokens > most:
+            raise UserError(
+                f"new tokens is {self.new_tokens}, expected at most {most}, which fit this model's positions "
+                f"after a prompt of {PROMPT_TOKENS}; set --new-tokens"
+            )
+
+    @property
+    def shape(self) -> GPT2Config:
+        """The model whose parts are timed."""
+        return TINY if self.quick else GPT2Config.named(self.model)
 
 
 def timed_in_turns(parts: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
@@ -149,7 +162,7 @@ def checkpoint_seconds(config: GPT2Config, device: str, repeats: int) -> dict[st
 
 def sampling_parts(config: GPT2Config, params: Params, new_tokens: int) -> dict[str, Callable[[], Any]]:
     """Greedy tokens after a short prompt, with the cache and by the whole model for each token."""
-    prompt = torch.zeros(1, 8, dtype=torch.int64, device=params["wte.weight"].device)
+    prompt = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64, device=params["wte.weight"].device)
 
     def without_cache() -> Tensor:
         tokens = prompt
@@ -168,8 +181,7 @@ def sampling_parts(config: GPT2Config, params: Params, new_tokens: int) -> dict[
 def benchmark(config: PartsConfig) -> dict[str, Any]:
     """Every part's times."""
     device = choose_device(config.device)
-    model = TINY if config.quick else GPT2Config.named(config.model)
-    compile = config.compile and not config.quick
+    model, compile = config.shape, config.compile and not config.quick
     params = init(model, torch.Generator(device).manual_seed(SEED))
     seconds = {}
     for parts in (

@@ -776,6 +776,10 @@ def test_throughput_has_a_row_for_each_combination() -> None:
             "file bytes is 1,000,001, expected 2 for each token; set --file-bytes",
         ),
         (
+            lambda: parts.PartsConfig(quick=True, new_tokens=122),
+            "new tokens is 122, expected at most 121, which fit .* after a prompt of 8; set --new-tokens",
+        ),
+        (
             lambda: prepare.PrepareBenchmark(workers=()),
             "workers is not given, expected at least 1; set --workers",
         ),
