@@ -300,6 +300,12 @@ def measured_rates(path: Path, model: GPT2Config) -> tuple[str, list[float]]:
             f"{path} holds no result of benchmarks.throughput or benchmarks.peers; "
             f"run python -m benchmarks.throughput"
         )
+    whose = results.get("throughput", {}).get("contender", "ours")
+    if whose != "ours":
+        raise UserError(
+            f"{path} has the steps of {whose}, expected ours; run python -m benchmarks.throughput without "
+            f"--contender"
+        )
     rows = results.get("throughput", {}).get("rows", [])
     if "peers" in results:
         rows = [*rows, results["peers"]["contenders"]["ours"] | {"work": results["peers"]["work"]}]

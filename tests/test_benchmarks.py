@@ -443,6 +443,13 @@ def test_a_file_without_the_result_names_the_command_that_makes_it(tmp_path: Pat
         predict.benchmark(config)
 
 
+def test_the_rate_of_another_contender_is_not_taken_for_ours(tmp_path: Path) -> None:
+    path = tmp_path / "plain.json"
+    path.write_text(json.dumps(measured_on_an_h100("throughput") | {"contender": "plain"}))
+    with pytest.raises(UserError, match=r"plain\.json has the steps of plain, expected ours; run python -m"):
+        predict.benchmark(predict.PredictConfig(measured=path, quick=True))
+
+
 @pytest.mark.parametrize("flags", ["--render {path}", "--out {folder} --name mine --only data"])
 def test_pages_are_only_made_of_a_report(
     flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
