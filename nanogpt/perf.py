@@ -28,6 +28,9 @@ compute dtype: input 1, q k v 3, attention output 1, residual 1, hidden layer be
 SAVED_PER_EAGER_LAYER = 16
 """What an eager one keeps, and on a GPU any: besides these both norms 2, hidden layer after GELU 4."""
 
+SAVED_FOR_A_SECOND_DERIVATIVE = 12
+"""What an eager one on one device keeps besides: `torch.func.grad` expects to be differentiated itself."""
+
 BYTES_PER_DROPPED, BYTES_PER_EAGERLY_DROPPED = 2, 10
 """What a block with dropout keeps of an attention probability beside one number (eagerly two): the mask, and
 what comes of drawing it. Fused attention has no dropout, so all T x T of a head exist."""
@@ -218,8 +221,9 @@ def memory_plan(
     of the parameters to compute with; a compiled step on one device copies a block at a time, and keeps the
     head's. Each of several `shards` keeps its part of these, and the whole parameters and gradients while it
     computes. Activations are what backward needs of `batch_size` sequences of `block_size` tokens:
-    SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` or on "cuda" SAVED_PER_EAGER_LAYER;
-    one fp32 log-sum-exp a head (no T x T matrix: attention is fused), and the last norm's input and output.
+    SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` or on "cuda" SAVED_PER_EAGER_LAYER
+    (eagerly and not on several `shards` SAVED_FOR_A_SECOND_DERIVATIVE as well); one fp32 log-sum-exp a head
+    (no T x T matrix: attention is fused), and the last norm's input and output.
     With dropout the T x T matrices of all blocks are there, as BYTES_PER_DROPPED and those below it say.
     Logits are those of one chunk of the loss: NUMBERS_PER_LOGIT, or BYTES_PER_EAGER_LOGIT.
     """
@@ -227,6 +231,7 @@ def memory_plan(
     parameters = 4 * parameter_count(config)
     tokens = batch_size * block_size
     saved = SAVED_PER_LAYER if compile and device_type != "cuda" else SAVED_PER_EAGER_LAYER
+    saved += SAVED_FOR_A_SECOND_DERIVATIVE if not compile and shards == 1 else 0
     logit = NUMBERS_PER_LOGIT * number if compile else BYTES_PER_EAGER_LOGIT
     per_layer = saved * config.n_embd * number + 4 * config.n_head
     dropped = number + BYTES_PER_DROPPED if compile else 2 * number + BYTES_PER_EAGERLY_DROPPED
