@@ -6,7 +6,6 @@
 Exit status: 0 all is well, 1 there is a warning, 2 there is an error.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch.cuda import nccl as cuda_nccl
 
+import nanogpt
 from nanogpt import command, perf, tracker
 from nanogpt.data import open_tokens
 from nanogpt.dataset import BUNDLED, find_folder
@@ -166,7 +166,7 @@ def versions() -> dict[str, str]:
     """Of what has to be the same on every machine."""
     nccl = ".".join(map(str, cuda_nccl.version())) if torch.cuda.is_available() else "none"
     return {
-        "nanogpt": importlib.metadata.version("nanogpt"),
+        "nanogpt": nanogpt.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",

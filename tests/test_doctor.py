@@ -1,11 +1,13 @@
 """The doctor: what it makes of the facts, and of this machine."""
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+import nanogpt
 from nanogpt import doctor
 from nanogpt.doctor import Facts, Finding, Gpu, findings
 from nanogpt.meeting import World
@@ -67,6 +69,11 @@ def test_a_gpu_that_somebody_else_uses_is_named() -> None:
 def test_a_gpu_that_is_slow_at_bfloat16_is_named_with_its_capability() -> None:
     text = "slow on GPU 0 of rank 0 (a) (compute capability 7.5); runs there take float16"
     assert worrying(ranks(1, T4)) == [Finding("warning", "bfloat16", text)]
+
+
+def test_a_program_on_the_path_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: [])
+    assert doctor.versions()["nanogpt"] == nanogpt.__version__
 
 
 def test_another_version_on_one_rank_is_an_error() -> None:
