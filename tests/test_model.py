@@ -134,9 +134,7 @@ def hugging_face_params(model: torch.nn.Module) -> Params:
 # Derivatives of derivatives
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
-)  # torch's own, of jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, of jvp
 @pytest.mark.parametrize("by", ["grad of grad", "jvp of grad"])
 def test_a_hessian_times_a_vector_is_the_slope_of_the_gradient(by: str):
     params, (inputs, targets) = random_params(SMALL, spread=0.1), random_text(SMALL, rows=2, columns=16)
