@@ -33,7 +33,7 @@ from nanogpt.errors import UserError
 from nanogpt.loss import IGNORED
 from nanogpt.model import GPT2Config, Params, apply_trunk
 from nanogpt.tokenizer import Tokenizer, tokenizer_from
-from nanogpt.train import DTYPES, Precision
+from nanogpt.train import DTYPES, EMBEDDINGS, Precision
 
 ITEMS_AT_A_TIME = 8
 T_MULTIPLE = 32
@@ -113,7 +113,8 @@ def ending_losses(
 ) -> tuple[Float[Tensor, "E"], Bool[Tensor, "E"]]:
     """Summed loss of each row's targets in nats, and whether all are the likeliest; -100 is left out."""
     counts = targets != IGNORED
-    logits = F.linear(apply_trunk(params, inputs, config)[counts], params["wte.weight"]).float()
+    features, head = apply_trunk(params, inputs, config)[counts], params["wte.weight"]
+    logits = F.linear(features.to(head.dtype), head).float()
     (rows, _), ids = counts.nonzero(as_tuple=True), targets[counts]
     losses = F.cross_entropy(logits, ids, reduction="none")
     misses = (logits.argmax(-1) != ids).float()
@@ -226,13 +227,24 @@ class TaskCommand:
     device: Literal["cuda", "cpu"] | None = None
     """None takes the GPU where there is one."""
     precision: Precision | None = None
-    """What is multiplied in; None takes bfloat16 where the device is fast at it, else float32."""
+    """What the blocks multiply in; None takes bfloat16 where the device is fast at it, else float32."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UserError(f"the limit is {self.limit} rows, expected at least 1; set --limit")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("no GPU is here that torch can use, expected one for cuda; leave out --device")
+
+
+def placed(params: Params, device: torch.device, precision: Precision) -> Params:
+    """`params` on the device, what blocks multiply in `precision`.
+
+    The embeddings stay as they are: OpenAI's logits are so far from 0 that bfloat16 has steps of 0.5 there.
+    """
+    return {
+        name: leaf.to(device, leaf.dtype if name in EMBEDDINGS else DTYPES[precision])
+        for name, leaf in params.items()
+    }
 
 
 def main(wanted: TaskCommand) -> None:
@@ -244,9 +256,8 @@ def main(wanted: TaskCommand) -> None:
     items = make_items(task, rows, tokenizer, config.block_size)
     device = torch.device(wanted.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = wanted.precision or perf.default_precision(perf.detect(device))
-    narrow = {name: leaf.to(device, DTYPES[precision]) for name, leaf in params.items()}
     found = []
-    for row in scores(narrow, config, items, device=device):
+    for row in scores(placed(params, device, precision), config, items, device=device):
         found.append(row)
         if sys.stderr.isatty() and len(found) % ITEMS_AT_A_TIME == 0:
             print(f"\r{len(found):,} of {len(items):,} rows", end="", file=sys.stderr, flush=True)

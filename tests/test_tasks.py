@@ -72,6 +72,19 @@ def test_scores_are_those_of_each_text_read_alone_by_hugging_face(params: Params
             assert score.is_likeliest == (logits.argmax(-1).tolist() == ending)
 
 
+def test_logits_are_not_rounded_to_the_precision_of_the_blocks(params: Params):
+    """OpenAI's are far from 0, by the same for all tokens, which a loss does not see."""
+
+    def losses(offset: float) -> list[float]:
+        """With a last feature that is always `offset` and that each token's embedding has once."""
+        changed = {name: params[name].clone() for name in ("wte.weight", "ln_f.weight", "ln_f.bias")}
+        changed["wte.weight"][:, -1], changed["ln_f.weight"][-1], changed["ln_f.bias"][-1] = 1, 0, offset
+        narrow = tasks.placed(params | changed, CPU, "bfloat16")
+        return [score.loss for row in scores(narrow, TINY, some_items(3), device=CPU) for score in row]
+
+    assert losses(-100.0) == pytest.approx(losses(0.0), rel=1e-4)  # rounding of fp32 at 100
+
+
 def test_what_greedy_decoding_writes_is_the_likeliest(params: Params):
     context = LETTERS.encode("once upon a")
     written = generate(params, TINY, torch.tensor([context]), max_new_tokens=5, temperature=0.0)[
