@@ -62,7 +62,7 @@ class Score(NamedTuple):
 def hellaswag_item(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
     """Source: Zellers et al. 2019. The text and its endings as they stand, a blank between."""
     endings = [tokenizer.encode(f" {ending}") for ending in row["endings"]]
-    answer = range(len(endings))[int(row["label"])]
+    answer = range(len(endings)).index(int(row["label"]))  # a hidden one is -1
     return Item(tokenizer.encode(row["ctx"]), endings, answer)
 
 

@@ -186,11 +186,10 @@ def test_data_of_something_else_is_a_sentence(
         main(TaskCommand(task="lambada", run_dir=run_dir, data=data))
 
 
-def test_a_label_beyond_the_endings_is_a_sentence():
-    with pytest.raises(
-        UserError, match=r"^row 2 of the data cannot be used \(range object index out of range\)"
-    ):
-        tasks.make_items(TASKS["hellaswag"], [HELLASWAG, HELLASWAG | {"label": 4}], LETTERS, 40)
+@pytest.mark.parametrize("label", [4, -1])
+def test_a_label_that_is_no_ending_s_is_a_sentence(label: int):
+    with pytest.raises(UserError, match=rf"^row 2 of the data cannot be used \({label} is not in range\)"):
+        tasks.make_items(TASKS["hellaswag"], [HELLASWAG, HELLASWAG | {"label": label}], LETTERS, 40)
 
 
 def test_without_a_hub_a_file_is_asked_for(run_dir: Path):
