@@ -9,6 +9,7 @@ OpenAI's GPT-2 124M, by llm.c, which takes HellaSwag's texts as they stand too: 
 loss of a token.
 """
 
+import glob
 import itertools
 import json
 import math
@@ -175,9 +176,15 @@ def read_rows(task: Task, path: Path | None, limit: int | None) -> list[dict[str
             data = datasets.load_dataset(name, split=split)
         else:
             datasets.disable_progress_bars()
-            data = datasets.load_dataset("json", data_files=name, split=split)
-    except (OSError, ValueError, httpx2.HTTPError, datasets.exceptions.DatasetsError) as error:
-        first_line = str(error.__cause__ or error).partition("\n")[0]
+            data = datasets.load_dataset("json", data_files=glob.escape(name), split=split)
+    except (
+        OSError,
+        ValueError,
+        StopIteration,  # of an empty file
+        httpx2.HTTPError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        first_line = str(error.__cause__ or error).partition("\n")[0] or "it is empty"
         raise UserError(
             f"cannot read {name} ({first_line}); set --data to a file of JSON lines with the fields "
             f"{', '.join(task.fields)}" + ("" if path else ", or check the network")

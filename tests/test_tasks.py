@@ -186,6 +186,16 @@ def test_data_of_something_else_is_a_sentence(
         main(TaskCommand(task="lambada", run_dir=run_dir, data=data))
 
 
+def test_an_empty_file_is_a_sentence(run_dir: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"^cannot read .*rows.jsonl \(it is empty\); set --data to a file"):
+        main(TaskCommand(task="lambada", run_dir=run_dir, data=write(tmp_path / "rows.jsonl", [])))
+
+
+def test_a_file_may_have_a_name_with_brackets(tmp_path: Path):
+    data = write(tmp_path / "rows [1].jsonl", [{"text": "to be"}])
+    assert tasks.read_rows(TASKS["lambada"], data, None) == [{"text": "to be"}]
+
+
 @pytest.mark.parametrize("label", [4, -1])
 def test_a_label_that_is_no_ending_s_is_a_sentence(label: int):
     with pytest.raises(UserError, match=rf"^row 2 of the data cannot be used \({label} is not in range\)"):
