@@ -33,7 +33,7 @@ from nanogpt.errors import UserError
 from nanogpt.model import PUBLISHED_SIZES, GPT2Config, Params
 from nanogpt.tokenizer import END_OF_TEXT, Tokenizer, gpt2, tokenizer_from
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, VOCABULARY = "config.json", "tokenizer.json", "vocab.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TRUNK, EMBEDDING, HEAD = "transformer.", "wte.weight", "lm_head.weight"
 MASKS = (".attn.bias", ".attn.masked_bias")
@@ -143,6 +143,21 @@ def config_for(config: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
     }
 
 
+def tokenizer_in(folder: Path, config: GPT2Config) -> Tokenizer | None:
+    """GPT-2's tokenizer, where the model has room for it and the folder has no other; else None."""
+    if config.vocab_size < gpt2().vocab_size:
+        return None
+    if (folder / TOKENIZER).exists():
+        model = read_json(folder / TOKENIZER).get("model")
+        ids = model.get("vocab") if isinstance(model, dict) else None
+    elif (folder / VOCABULARY).exists():
+        ids = read_json(folder / VOCABULARY)
+    else:
+        return gpt2()
+    expected = hugging_face_tokenizer()["model"]["vocab"]
+    return gpt2() if isinstance(ids, dict) and expected.items() <= ids.items() else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where there is none."""
     try:
@@ -180,7 +195,11 @@ def download(name: str, revision: str | None) -> Path:
     repository = f"openai-community/{name}" if name in PUBLISHED_SIZES else name
     try:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, INDEX, "*.safetensors"])
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=[CONFIG, TOKENIZER, VOCABULARY, INDEX, "*.safetensors"],
+            )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
@@ -216,19 +235,22 @@ class Import:
         folder = Path(self.source)
         folder = folder if folder.is_dir() else download(self.source, self.revision)
         params, config = load_pretrained(folder)
+        tokenizer = tokenizer_in(folder, config)
         about = {
             "config": {"model": dataclasses.asdict(config)},
             "imported": str(folder.absolute()),
-            "tokenizer": gpt2().describe() if config.vocab_size >= gpt2().vocab_size else None,
+            "tokenizer": None if tokenizer is None else tokenizer.describe(),
             "versions": {"nanogpt": nanogpt.__version__, "torch": torch.__version__},
             "command": sys.argv,
         }
         with contextlib.closing(checkpointer):
             checkpointer.save(0, {"params": params}, metadata=about)
+        without, write = " without a tokenizer, since theirs is not GPT-2's", ""
+        if tokenizer is not None:
+            without, write = "", f"write text with python -m nanogpt.sample --run-dir {self.run_dir}, or "
         print(
-            f"{sum(map(torch.numel, params.values())):,} parameters of {self.source} are in {self.run_dir}; "
-            f"write text with python -m nanogpt.sample --run-dir {self.run_dir}, or go on with python -m "
-            f"experiments.finetune --init.run-dir {self.run_dir}"
+            f"{sum(map(torch.numel, params.values())):,} parameters of {self.source} are in {self.run_dir}"
+            f"{without}; {write}go on with python -m experiments.finetune --init.run-dir {self.run_dir}"
         )
 
 

@@ -161,9 +161,14 @@ def characters(text_or_alphabet: str) -> Tokenizer:
     return Characters(alphabet)
 
 
-def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
+def tokenizer_from(description: dict[str, Any] | None) -> Tokenizer:
     """The tokenizer that `describe` described. Raises UserError where this program has no such tokenizer."""
     match description:
+        case None:
+            raise UserError(
+                "the model's tokens are those of no tokenizer that is here, expected GPT-2's or characters; "
+                "choose another --run-dir"
+            )
         case {"name": "gpt2"}:
             tokenizer = gpt2()
         case {"name": "char", "alphabet": str(alphabet)}:

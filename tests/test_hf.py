@@ -16,6 +16,7 @@ from reference import hugging_face
 from torch import Tensor
 
 from nanogpt import tree
+from nanogpt.byte_pairs import hugging_face_tokenizer
 from nanogpt.checkpoint import CHECKPOINTS, Checkpointer, load_params
 from nanogpt.errors import UserError
 from nanogpt.hf import Export, Import, load_pretrained, save_pretrained
@@ -213,6 +214,27 @@ def test_an_import_is_a_run_directory_to_start_from(tmp_path: Path, capsys: pyte
     assert f"--init.run-dir {run_dir}" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"holds a run, expected a new directory; choose another --run-dir$"):
         Import(source=str(tmp_path / "nowhere"), run_dir=run_dir)()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_known"),
+    [
+        ("tokenizer.json", hugging_face_tokenizer(), True),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0, "\u0120the": 1}}}, False),
+        ("tokenizer.json", {"model": {"vocab": [["a", -1.5]]}}, False),
+        ("vocab.json", hugging_face_tokenizer()["model"]["vocab"] | {"<|endoftext|>": 50256}, True),
+        ("vocab.json", {"a": 0, "\u0120the": 1}, False),
+    ],
+)
+def test_another_tokenizer_is_not_taken_for_gpt_2_s(
+    name: str, content: dict[str, Any], is_known: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    save_pretrained(tmp_path / "theirs", params_of(TINY_WORDS), TINY_WORDS)
+    (tmp_path / "theirs" / name).write_text(json.dumps(content))
+    Import(source=str(tmp_path / "theirs"), run_dir=tmp_path / "run")()
+    _, about = load_params(tmp_path / "run" / CHECKPOINTS)
+    assert about["tokenizer"] == (gpt2().describe() if is_known else None)
+    assert ("python -m nanogpt.sample" in capsys.readouterr().out) == is_known
 
 
 def test_a_model_of_the_hub_is_imported_and_one_that_is_not_there_is_a_sentence(tmp_path: Path):

@@ -104,3 +104,5 @@ def test_a_description_with_another_hash_or_name_is_refused():
         tokenizer_from({"name": "gpt2", "sha256": "12ab"})
     with pytest.raises(UserError, match="expected one named gpt2 or char"):
         tokenizer_from({"name": "llama"})
+    with pytest.raises(UserError, match=r"^the model's tokens are those of no tokenizer that is here, expec"):
+        tokenizer_from(None)
