@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,7 +84,7 @@ def save_pretrained(
 ) -> None:
     """Writes config, parameters and, where it is GPT-2's, the tokenizer, as `transformers` does.
 
-    Raises UserError where `folder` cannot be written or is not empty.
+    Raises UserError where `folder` cannot be written or is not empty. What is not whole is not left there.
     """
     files: dict[str, Any] = {CONFIG: config_for(config, None if tokenizer is None else tokenizer.end_of_text)}
     if tokenizer is not None and tokenizer.name == "gpt2":
@@ -93,9 +94,12 @@ def save_pretrained(
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty, expected a new folder; choose another --out")
         leaves = {TRUNK + name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}
-        save_file(leaves, folder / WEIGHTS, metadata={"format": "pt"})
-        for name, value in files.items():
-            (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            save_file(leaves, Path(part) / WEIGHTS, metadata={"format": "pt"})
+            for name, value in files.items():
+                (Path(part) / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            for name in (WEIGHTS, *files):
+                (Path(part) / name).replace(folder / name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder} ({error}); choose another --out or make room") from error
 

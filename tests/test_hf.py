@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,19 @@ def test_a_folder_with_files_is_not_written_to(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(UserError, match=r"^cannot write to .*mine \(.*; choose another --out or make room$"):
         save_pretrained(tmp_path / "mine", params_of(TINY), TINY)
+
+
+def test_an_export_that_had_no_room_can_be_repeated(tmp_path: Path):
+    config = dataclasses.replace(TINY_WORDS, n_embd=8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_800_000, limits[1]))  # enough for weights, not for tokenizer
+    try:
+        with pytest.raises(UserError, match=r"^cannot write to .* \(.*; choose another --out or make room$"):
+            save_pretrained(tmp_path, params_of(config), config, gpt2())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    save_pretrained(tmp_path, params_of(config), config, gpt2())
+    assert same_bits(load_pretrained(tmp_path)[0], params_of(config))
 
 
 def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
