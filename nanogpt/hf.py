@@ -237,6 +237,8 @@ class Import:
         if checkpointer.latest() is not None or (self.run_dir / CONFIG).exists():
             raise UserError(f"{self.run_dir} holds a run, expected a new directory; choose another --run-dir")
         folder = Path(self.source)
+        if folder.is_dir() and self.revision is not None:
+            raise UserError(f"{folder} is a folder, which has no revisions; leave out --revision")
         folder = folder if folder.is_dir() else download(self.source, self.revision)
         params, config = load_pretrained(folder)
         tokenizer = tokenizer_in(folder, config)
