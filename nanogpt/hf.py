@@ -236,6 +236,7 @@ class Import:
         checkpointer = Checkpointer(self.run_dir / CHECKPOINTS)
         if checkpointer.latest() is not None or (self.run_dir / CONFIG).exists():
             raise UserError(f"{self.run_dir} holds a run, expected a new directory; choose another --run-dir")
+        checkpointer.check({})  # before gigabytes are fetched for it
         folder = Path(self.source)
         if folder.is_dir() and self.revision is not None:
             raise UserError(f"{folder} is a folder, which has no revisions; leave out --revision")

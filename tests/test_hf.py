@@ -230,6 +230,12 @@ def test_an_import_is_a_run_directory_to_start_from(tmp_path: Path, capsys: pyte
         Import(source=str(tmp_path / "nowhere"), run_dir=run_dir)()
 
 
+def test_a_run_directory_that_cannot_be_is_refused_before_the_source_is_read(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^checkpoints cannot be saved to .*file/checkpoints: .*file is not"):
+        Import(source=str(tmp_path / "nowhere"), run_dir=tmp_path / "file")()
+
+
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"is a folder, which has no revisions; leave out --revision$"):
         Import(source=str(tmp_path), run_dir=tmp_path / "run", revision="main")()
