@@ -122,6 +122,12 @@ def config_from(about: dict[str, Any], folder: Path) -> GPT2Config:
     """Our config for theirs. Raises UserError for what is no GPT-2 as OpenAI published it."""
     ours = GPT2Config()
     sizes = {own: about.get(name, getattr(ours, own)) for name, own in SIZES.items()}
+    are_numbers = all(type(size) is int and size > 0 for size in sizes.values())
+    if not are_numbers or sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(
+            f"{folder / CONFIG} has the sizes {sizes}, expected whole numbers from 1 on, and n_embd a "
+            "multiple of n_head"
+        )
     published = GPT2_AS_PUBLISHED | {"n_inner": (None, 4 * sizes["n_embd"])}
     for name, values in published.items():
         if (got := about.get(name, values[0])) not in values:
@@ -129,8 +135,6 @@ def config_from(about: dict[str, Any], folder: Path) -> GPT2Config:
                 f"{folder / CONFIG} has {name} {got!r}, expected {values[0]!r}: no other model than GPT-2 as "
                 "OpenAI published it fits this program"
             )
-    if not all(type(size) is int for size in sizes.values()):
-        raise UserError(f"{folder / CONFIG} has the sizes {sizes}, expected whole numbers")
     return GPT2Config(**sizes)
 
 
@@ -177,7 +181,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that a model's parameters are in: one, or those that an index lists."""
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
-    return [folder / name for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map, expected the file of each leaf by name")
+    return [folder / name for name in sorted(set(file_of.values()))]
 
 
 def read_leaves(file: Path) -> dict[str, Tensor]:

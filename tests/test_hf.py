@@ -105,6 +105,14 @@ def test_weights_in_several_files_are_read(tmp_path: Path):
     assert same_bits(load_pretrained(tmp_path)[0], expected)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": {"wte.weight": 1}}])
+def test_an_index_without_files_is_a_sentence(index: dict[str, Any], tmp_path: Path):
+    pretrained(tmp_path, max_shard_size="10KB")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json has no weight_map, expected the file of each leaf by"):
+        load_pretrained(tmp_path)
+
+
 def test_narrow_weights_are_widened(tmp_path: Path):
     expected = pretrained(tmp_path)
     change_weights(
@@ -134,7 +142,10 @@ def test_weights_as_openai_s_model_on_the_hub_has_them_are_read(tmp_path: Path):
         (dict(layer_norm_epsilon=1e-6), r"has layer_norm_epsilon 1e-06, expected 1e-05"),
         (dict(n_inner=32), r"has n_inner 32, expected None"),
         (dict(scale_attn_weights=False), r"has scale_attn_weights False, expected True"),
-        (dict(n_head="two"), r"has the sizes .*'n_head': 'two'.*, expected whole numbers$"),
+        (dict(n_head="two"), r"has the sizes .*'n_head': 'two'.*, expected whole numbers from 1 on, and n"),
+        (dict(n_embd=None), r"has the sizes .*'n_embd': None.*, expected whole numbers"),
+        (dict(n_layer=0), r"config.json has the sizes .*'n_layer': 0.*, expected whole numbers"),
+        (dict(n_head=3), r"config.json has the sizes .*'n_head': 3.*, and n_embd a multiple of n_head$"),
         (
             dict(n_layer=3),
             r"holds another model than its config.json says: h.2.ln_1.weight is missing \(12",
