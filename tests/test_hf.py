@@ -178,6 +178,15 @@ def test_a_head_of_its_own_is_refused_and_a_copy_is_not(tmp_path: Path):
         load_pretrained(tmp_path)
 
 
+def test_a_head_for_another_purpose_is_refused(tmp_path: Path):
+    pretrained(tmp_path)
+    change_weights(tmp_path, **{"score.weight": torch.zeros(2, 16)})
+    with pytest.raises(
+        UserError, match=r"score.weight is not expected \(1 .*; expected both from .* of a GPT2LMHeadModel$"
+    ):
+        load_pretrained(tmp_path)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
