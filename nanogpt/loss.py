@@ -176,7 +176,8 @@ class HeadLoss(torch.autograd.Function):
         again = any(part is not None for part in of_grads) and not torch.compiler.is_compiling()
         if cotangent is None or again:
             raise NotImplementedError(
-                "this loss has no second derivative; differentiate next_token_loss(apply(...)) instead"
+                "this loss has no second derivative; differentiate "
+                'next_token_loss(apply(..., attention="math"), ...) instead'
             )
         features_grad, embedding_grad = ctx.saved_tensors
         if not torch.is_grad_enabled():  # nobody will differentiate them: a block's graph is for such alone

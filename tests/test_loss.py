@@ -162,7 +162,8 @@ def test_head_loss_refuses_a_second_derivative(features: Tensor, head: Tensor, t
         return grad.square().sum()
 
     derivative = torch.func.grad(size_of_gradient) if by == "torch.func" else taped_grad(size_of_gradient)
-    with pytest.raises(NotImplementedError, match=r"^this loss has no second derivative; differentiate "):
+    advice = r'differentiate next_token_loss\(apply\(..., attention="math"\), ...\) instead$'
+    with pytest.raises(NotImplementedError, match=rf"^this loss has no second derivative; {advice}"):
         derivative(features)
 
 
