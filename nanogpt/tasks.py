@@ -180,6 +180,7 @@ def read_rows(task: Task, path: Path | None, limit: int | None) -> list[dict[str
     except (
         OSError,
         ValueError,
+        RuntimeError,  # of a data set that is a program
         StopIteration,  # of an empty file
         httpx2.HTTPError,
         datasets.exceptions.DatasetsError,

@@ -35,10 +35,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         kind, name, commit, files = self.server.repository
         path = unquote(urlsplit(self.path).path).strip("/")
-        address = f"{'datasets/' if kind == 'datasets' else ''}{name}/resolve/{commit}/"
+        address = f"{'datasets/' if kind == 'datasets' else ''}{name}/resolve/"
         about = f"api/{kind}/{name}"
-        if path.startswith(address):
-            self.send_file(path.removeprefix(address))
+        if path.startswith((f"{address}{commit}/", f"{address}main/")):
+            self.send_file(path.removeprefix(address).partition("/")[2])
         elif path.startswith(f"{about}/tree/"):
             _, _, folder = path.removeprefix(f"{about}/tree/").partition("/")
             self.send_json(entries(files, folder))

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import lzma
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from local_hub import Repository, serving
 from reference import hugging_face
 
 from nanogpt import tasks, tree
@@ -207,6 +211,17 @@ def test_without_a_hub_a_file_is_asked_for(run_dir: Path):
         UserError, match=r"^cannot read EleutherAI/lambada_openai \(.*, or check the network$"
     ):
         main(TaskCommand(task="lambada", run_dir=run_dir))
+
+
+def test_a_data_set_that_is_a_program_is_a_sentence(run_dir: Path, tmp_path: Path):
+    repository = Repository("datasets", "EleutherAI/lambada_openai", 40 * "a", {"lambada_openai.py": b""})
+    command = [sys.executable, "-m", "nanogpt.tasks", "lambada", "--run-dir", str(run_dir)]
+    with serving(repository, cache=tmp_path) as settings:
+        done = subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: cannot read EleutherAI/lambada_openai (Dataset scripts are no ")
 
 
 def test_flags_out_of_range_are_refused():
