@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.measure import finish, one_line_errors, read_json, spread, table
+from nanogpt.command import parse
 from nanogpt.errors import UserError
 
 SMALLEST_CHANGE = 0.02
@@ -106,28 +107,28 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
 
 def main() -> None:
     with one_line_errors():
-        config = tyro.cli(CompareConfig)
+        config = parse(CompareConfig)
         before, after = read_json(config.before), read_json(config.after)
         entries = compare(before, after)
         if hardware_of(before) != hardware_of(after):
             print(f"not the same machine: {hardware_of(before)} and {hardware_of(after)}", file=sys.stderr)
         if "work" in before and before["work"] != after["work"]:
             print("not the same work; see the two files", file=sys.stderr)
-    rows = [
-        [
-            entry["number"],
-            f"{entry['before']:.5g}",
-            f"{entry['after']:.5g}",
-            f"{entry['after'] / entry['before'] - 1:+.1%}" if entry["before"] else "",
-            entry["verdict"],
+        rows = [
+            [
+                entry["number"],
+                f"{entry['before']:.5g}",
+                f"{entry['after']:.5g}",
+                f"{entry['after'] / entry['before'] - 1:+.1%}" if entry["before"] else "",
+                entry["verdict"],
+            ]
+            for entry in entries
         ]
-        for entry in entries
-    ]
-    print(table(["number", "before", "after", "change", "beyond noise"], rows))
-    counts = {
-        word: sum(entry["verdict"] == word for entry in entries) for word in ("better", "worse", "same")
-    }
-    finish({"benchmark": "compare", "counts": counts, "entries": entries})
+        print(table(["number", "before", "after", "change", "beyond noise"], rows))
+        counts = {
+            word: sum(entry["verdict"] == word for entry in entries) for word in ("better", "worse", "same")
+        }
+        finish({"benchmark": "compare", "counts": counts, "entries": entries})
 
 
 def hardware_of(result: dict[str, Any]) -> str:

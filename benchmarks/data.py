@@ -217,8 +217,8 @@ def main() -> None:
                 steps_of(config.file_bytes // TOKEN_BYTES, config.spec)
                 write_file(path, config.file_bytes)
             result = {"benchmark": "data", "facts": facts("cpu")} | measure(path, config)
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

@@ -300,8 +300,8 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         result = benchmark(parse(LimitConfig, default=LimitConfig()))
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nanogpt import perf
+from nanogpt.command import mistakes_in_a_sentence
 from nanogpt.errors import UserError
 from nanogpt.run_dir import git_commit
 
@@ -137,10 +138,12 @@ def choose_device(device: str | None) -> str:
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """Ends the program with one sentence and status 2 where the user's input was at fault."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def one_line_errors() -> Iterator[None]:
+    """Ends the program as a run ends, and takes every wrong value and file for the user's mistake."""
+    with mistakes_in_a_sentence():
+        try:
+            yield
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error

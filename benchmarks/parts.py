@@ -216,8 +216,8 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         result = benchmark(parse(PartsConfig, default=PartsConfig()))
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

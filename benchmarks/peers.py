@@ -296,8 +296,8 @@ def main() -> None:
         work = work_of(config)
         say(f"{', '.join(contenders_of(config))}: {work}")
         result = compare(config)
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

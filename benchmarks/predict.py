@@ -360,8 +360,8 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         result = benchmark(parse(PredictConfig, default=PredictConfig()))
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

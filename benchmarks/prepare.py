@@ -219,16 +219,16 @@ def main() -> None:
             paths = write_corpus(texts, Path(folder))
             cases = [(engine, workers) for engine in engines for workers in config.workers]
             rows = [measure(texts, paths, *case, rounds=config.rounds) for case in cases]
-    result = {
-        "benchmark": "prepare",
-        "facts": facts("cpu"),
-        "megabytes": config.megabytes,
-        "versions": {name: version(name) for name in ("numpy", "pyarrow", *engines)},
-        "goals": GOALS,
-        "rows": rows,
-    }
-    print(table_of(result))
-    finish(result)
+        result = {
+            "benchmark": "prepare",
+            "facts": facts("cpu"),
+            "megabytes": config.megabytes,
+            "versions": {name: version(name) for name in ("numpy", "pyarrow", *engines)},
+            "goals": GOALS,
+            "rows": rows,
+        }
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

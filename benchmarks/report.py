@@ -342,9 +342,9 @@ def main() -> None:
             name = config.name or name_of(about, quick=config.quick)
             report = measure(config, about, folder / f"{name}.json")
         paths = write(report, folder, name)
-    for path in paths:
-        print(f"wrote {path}")
-    finish(report)
+        for path in paths:
+            print(f"wrote {path}")
+        finish(report)
 
 
 if __name__ == "__main__":

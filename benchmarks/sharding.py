@@ -270,8 +270,8 @@ def main() -> None:
     with one_line_errors():
         config = parse(ShardingConfig, default=ShardingConfig())
         result = benchmark(config)
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

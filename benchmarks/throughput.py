@@ -375,8 +375,8 @@ def main() -> None:
             return
         config = check_alone(parse(ThroughputConfig, default=ThroughputConfig()))
         result = benchmark(config)
-    print(table_of(result))
-    finish(result)
+        print(table_of(result))
+        finish(result)
 
 
 if __name__ == "__main__":

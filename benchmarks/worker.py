@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import re
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class Served:
         self.name = name
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
-        with environment_of(environment or {}):
+        with environment_of(environment or {}), interrupts_ignored():
             self._process.start()
         theirs.close()
 
@@ -136,6 +137,16 @@ class Worker(Served):
 
 
 @contextlib.contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Processes that are started within ignore a terminal's Ctrl-C: whoever started them ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
 def environment_of(values: dict[str, str]) -> Iterator[None]:
     """Environment variables for the processes that are started within."""
     before = {name: os.environ.get(name) for name in values}
@@ -155,14 +166,18 @@ def serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any
     while True:
         try:
             method, *given = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         try:
             made = made or make(*arguments)
-            connection.send(("value", getattr(made, method)(*given)))
+            value = getattr(made, method)(*given)
         except BaseException:  # of any kind: it is the other side that reports it and goes on
             connection.send(("error", traceback.format_exc()))
             raise
+        try:
+            connection.send(("value", value))
+        except ConnectionError:  # whoever asked has stopped waiting
+            return
 
 
 class Contestant:

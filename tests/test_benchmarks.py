@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -34,7 +36,7 @@ from benchmarks import (
     throughput,
 )
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
-from benchmarks.measure import choose_device, facts, read_json, spread, table
+from benchmarks.measure import choose_device, facts, one_line_errors, read_json, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Memory, Served, Started, Worker, WorkerError
 from nanogpt import loss, perf
@@ -126,6 +128,32 @@ def test_a_failure_in_a_worker_reaches_us() -> None:
         pytest.raises(WorkerError, match=r"(?s)ours failed:.*precision is 'half', expected one of"),
     ):
         worker.start()
+
+
+def test_a_ctrl_c_in_the_terminal_is_for_whoever_started_a_process() -> None:
+    with Served("somebody", dict) as served:
+        pid = served._process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGINT)  # as early as may be: its imports are no better a moment than its work
+        assert served.ask("get", "anything") is None
+        os.kill(pid, signal.SIGINT)
+        assert served.ask("get", "anything") is None
+
+
+def test_a_benchmark_that_is_stopped_ends_without_a_traceback() -> None:
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+
+
+def test_a_benchmark_whose_output_nobody_reads_ends_without_a_word() -> None:
+    result = str(Path(report.__file__).parent / "reports/cpu-2-cores-amd-epyc.json")
+    command = [sys.executable, "-m", "benchmarks.compare", result, result]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=100)) == ("", 1)
 
 
 def test_a_process_that_has_ended_is_an_answer() -> None:
