@@ -91,17 +91,22 @@ def save_pretrained(
         files |= tokenizer_files(tokenizer, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty, expected a new folder; choose another --out")
+        require_empty(folder)
         leaves = {TRUNK + name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}
         with tempfile.TemporaryDirectory(dir=folder) as part:
             save_file(leaves, Path(part) / WEIGHTS, metadata={"format": "pt"})
             for name, value in files.items():
-                (Path(part) / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+                (Path(part) / name).write_text(json.dumps(value, indent=2) + "\n")
             for name in (WEIGHTS, *files):
                 (Path(part) / name).replace(folder / name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder} ({error}); choose another --out or make room") from error
+
+
+def require_empty(folder: Path) -> None:
+    """Raises UserError for a folder with something in it."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty, expected a new folder; choose another --out")
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: GPT2Config) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def tokenizer_in(folder: Path, config: GPT2Config) -> Tokenizer | None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where there is none."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())  # UTF-8, whatever the locale says
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); expected what save_pretrained writes") from error
     if not isinstance(value, dict):
@@ -279,6 +284,7 @@ class Export:
 
     def __call__(self) -> None:
         """Writes the folder."""
+        require_empty(self.out)  # before gigabytes are read for it
         params, about = load_params(self.run_dir / CHECKPOINTS)
         tokenizer = tokenizer_from(about["tokenizer"]) if about["tokenizer"] else None
         save_pretrained(self.out, params, GPT2Config(**about["config"]["model"]), tokenizer)

@@ -64,11 +64,6 @@ def starting_step(config: RunConfig, dataset: Dataset, checkpointer: Checkpointe
             "--resume"
         )
     for about in (known, None if latest is None else checkpointer.metadata(latest)):
-        if about is not None and "imported" in about:
-            raise UserError(
-                f"{run_dir} holds parameters from {about['imported']}, expected a run's directory; choose "
-                f"another --run-dir and start from them with --init.run-dir {run_dir}"
-            )
         if about is not None:
             check_same_run(about, config, dataset)
     return latest or 0
@@ -93,7 +88,13 @@ def read_about(run_dir: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -> None:
-    """Raises UserError at the first value that decides the run's numbers and differs, and for other data."""
+    """Raises UserError at the first value that decides the run's numbers and differs, for other data, and for
+    what was imported and is no run."""
+    if "imported" in about:
+        raise UserError(
+            f"{config.run_dir} holds parameters from {about['imported']}, expected a run's directory; choose "
+            f"another --run-dir and start from them with --init.run-dir {config.run_dir}"
+        )
     now = to_json(config)
     for group, values in now.items():
         free = FREE_TO_CHANGE.get(group, set())

@@ -255,6 +255,13 @@ def placed(params: Params, device: torch.device, precision: Precision) -> Params
     }
 
 
+def in_words(name: str, value: float, count: int) -> str:
+    """A value of a result; a share of `count` items in per cent, with its standard error."""
+    if not name.startswith("accuracy"):
+        return f"{value:.1f}"
+    return f"{100 * value:.1f} +- {100 * math.sqrt(value * (1 - value) / count):.1f} %"
+
+
 def main(wanted: TaskCommand) -> None:
     """Prints how many are right, and then the same as one line of JSON."""
     task = TASKS[wanted.task]
@@ -273,9 +280,7 @@ def main(wanted: TaskCommand) -> None:
         print("\r", end="", file=sys.stderr)
     result = task.result(items, found)
     for name, value in result.items():
-        share = name.startswith("accuracy")
-        error = f" +- {100 * math.sqrt(value * (1 - value) / len(items)):.1f} %" if share else ""
-        print(f"{name.replace('_', ' '):18} {f'{100 * value:.1f}' if share else f'{value:.1f}'}{error}")
+        print(f"{name.replace('_', ' '):18} {in_words(name, value, len(items))}")
     print(json.dumps({"task": wanted.task, "rows": len(items), **result, "precision": precision}))
 
 

@@ -104,12 +104,14 @@ def serving(repository: Repository, *, cache: Path) -> Iterator[dict[str, str]]:
     server.repository = repository
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(cache),
-    }
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(cache),
+        }
+    finally:  # also after a test that fails: the thread would keep pytest from ending
+        server.shutdown()
+        server.server_close()
+        thread.join()

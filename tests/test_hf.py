@@ -90,6 +90,7 @@ def test_transformers_reads_the_tokenizer_that_is_written(tmp_path: Path):
     assert tokenizer.encode("a<|endoftext|>b") == [64, 50256, 65]
     assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (50256, 16)
     assert theirs(tmp_path).config.eos_token_id == 50256
+    assert (tmp_path / "tokenizer.json").read_bytes().isascii()  # so that no locale changes it
 
 
 def test_what_transformers_writes_is_read_bit_for_bit(tmp_path: Path):
@@ -235,6 +236,8 @@ def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     Export(run_dir=tmp_path / "run", out=tmp_path / "out")()
     assert same_bits(load_pretrained(tmp_path / "out")[0], params)
     assert capsys.readouterr().out.endswith("; it has no tokenizer, since this is not GPT-2's\n")
+    with pytest.raises(UserError, match=r"out is not empty, expected a new folder"):
+        Export(run_dir=tmp_path / "nowhere", out=tmp_path / "out")()  # before anything is read
 
 
 def test_an_import_is_a_run_directory_to_start_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
