@@ -1,9 +1,9 @@
-"""Causal attention: PyTorch's kernels, and one of batched matrix products for CPUs that those are slow on.
+"""Causal attention: PyTorch's kernels, and one of batched matrix products for CPUs on which those are slow.
 
-PyTorch's kernel for a CPU multiplies the tiles of each head by themselves, without the bfloat16 instructions
-of AVX-512; batched products use them. So here the scores of some heads for some queries are made at once, few
+PyTorch's CPU kernel multiplies the tiles of one head at a time, without the bfloat16 instructions of AVX-512;
+batched products use them. So this one computes the scores of several heads for a few queries at once, little
 enough to stay in cache until they are multiplied by the values. As in FlashAttention (Dao et al. 2022)
-nothing of size T x T is remembered: the backward pass makes the probabilities again.
+nothing of size T x T is saved: the backward pass computes the probabilities again.
 """
 
 import math
@@ -20,7 +20,7 @@ from nanogpt.errors import UserError
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "products"]
 """Which kernel computes attention: one of PyTorch's fused ones, its reference ("math"), batched products, or
-"auto": PyTorch's own choice, in a compiled step products where they are known to be faster."""
+"auto": PyTorch's own choice, except that a compiled step takes products where they are known to be faster."""
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -31,7 +31,7 @@ BACKENDS = {
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # an older PyTorch does not tell
 PRODUCTS_ARE_FASTER = CPU.get("avx512_bf16", False) and not CPU.get("amx_bf16", False)
 TILE_QUERIES = 128
-TILE_BYTES = 2 << 20  # of scores; in the backward pass two such arrays are in use at a time
+TILE_BYTES = 2 << 20  # of scores; the backward pass uses two such arrays at a time
 
 softmax_gradient = torch.ops.aten._softmax_backward_data.out
 
@@ -42,9 +42,9 @@ def causal_attention(
     v_BHTD: Float[Tensor, "B H T D"],
     attention: Attention,
 ) -> Float[Tensor, "B H T D"]:
-    """Causal attention by the chosen kernel; PyTorch raises RuntimeError where the device lacks it."""
+    """Causal attention by the chosen kernel; PyTorch raises RuntimeError if the device lacks it."""
     if attention == "products":
-        scaled = q_BHTD * q_BHTD.shape[-1] ** -0.5  # exact for heads of 64 features: by a power of two
+        scaled = q_BHTD * q_BHTD.shape[-1] ** -0.5  # exact for heads of 64 features: a power of two
         q_NTD, k_NTD, v_NTD = (part.flatten(0, 1).contiguous() for part in (scaled, k_BHTD, v_BHTD))
         return ByProducts.apply(q_NTD, k_NTD, v_NTD).view(q_BHTD.shape)
     if attention == "auto":
@@ -58,20 +58,20 @@ def causal_attention(
 
 
 def in_a_graph(attention: Attention, x: Float[Tensor, "..."]) -> Attention:
-    """What a compiled step on `x` takes for `attention`: for "auto" products, where they are faster.
+    """The kernel of a compiled step on `x` for this `attention`: "auto" is products where they are faster.
 
-    A graph lays out on its way what they read. "auto" elsewhere is PyTorch's choice: a compiled `vmap` knows
-    no rule for others.
+    Products want their inputs laid out by head, which a graph does on the way. Outside of a compiled step
+    "auto" stays PyTorch's choice, since a compiled `vmap` has no rule for products.
     """
     fits = PRODUCTS_ARE_FASTER and x.device.type == "cpu" and x.dtype == torch.bfloat16
     return "products" if attention == "auto" and fits else attention
 
 
 def attention_by_products(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor) -> Tensor:
-    """Causal softmax(q k^T) v of N heads, [N, T, D] each and contiguous; queries are scaled already.
+    """Causal softmax(q k^T) v of N heads; inputs are contiguous [N, T, D], queries already scaled.
 
-    Scores are rounded to the dtype before the softmax, as autocast's are without a fused kernel: where they
-    have a deviation of 1, a bfloat16 output is 0.4 % off instead of 0.2 %.
+    Scores are rounded to the dtype before the softmax, as under autocast without a fused kernel: with scores
+    of deviation 1 a bfloat16 output is 0.4 % off instead of 0.2 %.
     """
     out_NTD, future = torch.empty_like(q_NTD), future_of(q_NTD)
     for heads, rows, keys, (p,) in tiles(q_NTD, 1):
@@ -83,18 +83,18 @@ def attention_by_products(q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor) -> Tensor
 def gradients_by_products(
     grad_NTD: Tensor, q_NTD: Tensor, k_NTD: Tensor, v_NTD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by queries, keys and values, from `grad_NTD`, that by what they were made into."""
+    """The gradients by queries, keys and values, given `grad_NTD`, the gradient by attention's output."""
     dq_NTD, dk_NTD, dv_NTD = (torch.empty_like(part) for part in (q_NTD, k_NTD, v_NTD))
     future = future_of(q_NTD)
     for heads, rows, keys, (p, dp) in tiles(q_NTD, 2):
-        # A product of a slice would copy it, and its transpose slowly.
+        # A product of a slice would copy it anyway, and slowly where it is transposed.
         q, grad = q_NTD[heads, rows].contiguous(), grad_NTD[heads, rows].contiguous()
         k, v = k_NTD[heads, keys].contiguous(), v_NTD[heads, keys].contiguous()
         make_probabilities(q, k, future, p)
         torch.bmm(grad, v.mT, out=dp)
-        d_scores = softmax_gradient(dp, p, -1, p.dtype, grad_input=dp)  # row by row, so over what it reads
+        d_scores = softmax_gradient(dp, p, -1, p.dtype, grad_input=dp)  # goes row by row: safe in place
         torch.bmm(d_scores, k, out=dq_NTD[heads, rows])
-        if keys.stop == k_NTD.shape[1]:  # the first tile of these heads: there is nothing to add to
+        if keys.stop == k_NTD.shape[1]:  # the first tile of these heads: nothing to add to yet
             torch.bmm(d_scores.mT, q, out=dk_NTD[heads])
             torch.bmm(p.mT, grad, out=dv_NTD[heads])
         else:
@@ -104,9 +104,10 @@ def gradients_by_products(
 
 
 def tiles(q_NTD: Tensor, arrays: int) -> Iterator[tuple[slice, slice, slice, list[Tensor]]]:
-    """Some heads, some of their queries, the keys that these see, and memory for `arrays` times their scores.
+    """Yields (heads, queries, the keys these queries see, `arrays` buffers for their scores), tile by tile.
 
-    Last queries come first: few heads at a time, more where they see fewer keys. All share the memory.
+    The last queries come first. They see the most keys, so their tiles hold few heads; earlier ones hold
+    more. All tiles share the same buffers.
     """
     N, T, _ = q_NTD.shape
     rows = min(TILE_QUERIES, T)
@@ -123,21 +124,21 @@ def tiles(q_NTD: Tensor, arrays: int) -> Iterator[tuple[slice, slice, slice, lis
 
 
 def future_of(q_NTD: Tensor) -> Tensor:
-    """What hides from a tile's queries the keys after them: minus infinity, to be added to their scores."""
+    """The causal mask of a tile, added to its scores: minus infinity where a key comes after the query."""
     return q_NTD.new_full((TILE_QUERIES, TILE_QUERIES), -math.inf).triu_(1)
 
 
 def make_probabilities(q: Tensor, k: Tensor, future: Tensor, p: Tensor) -> None:
-    """Writes the probabilities to `p`: the last query sees all keys, each other one less."""
+    """Writes the probabilities to `p`: the last query sees all keys, each query before it one fewer."""
     R = q.shape[1]
     torch.bmm(q, k.mT, out=p)[..., -R:].add_(future[:R, :R])
-    torch.softmax(p, -1, out=p)  # row by row, so over what it reads
+    torch.softmax(p, -1, out=p)  # goes row by row: safe in place
 
 
 def as_operator(schema: str, function: Callable[..., Any]) -> Any:
-    """`function` as an operator of PyTorch, which a graph calls as it stands: it cannot hold such a loop.
+    """`function` as a PyTorch operator: a graph cannot trace such a loop, but can call an operator.
 
-    Its results have the shapes of its last arguments. What `vmap` maps over becomes more heads.
+    Its results have the shapes of its last arguments. A dimension that `vmap` maps over becomes more heads.
     """
     name = f"nanogpt::{function.__name__}"
     torch.library.define(name, schema)
@@ -189,7 +190,7 @@ class ByProducts(torch.autograd.Function):
 
 
 class ByProductsGradients(torch.autograd.Function):
-    """`gradients_by_products`, of which there is no gradient: an operator alone would pass for a constant."""
+    """`gradients_by_products`, which has no derivative: as a bare operator it would count as a constant."""
 
     generate_vmap_rule = True
 

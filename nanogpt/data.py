@@ -1,8 +1,8 @@
 """Token files, and the batch of a step as a pure function of the step.
 
-A file is raw little-endian uint16, as nanoGPT writes it. It is cut into windows of T inputs and the T targets
-one to the right; an epoch visits every window once, in an order that (seed, epoch) decides. Nothing about the
-position in the data has to be saved: `batch_at(tokens, step, spec)` knows.
+A file is raw little-endian uint16, as nanoGPT writes it. It is cut into windows of T inputs and their T
+targets, shifted by one. An epoch visits every window once, in an order that (seed, epoch) decides. So the
+position in the data never has to be saved: `batch_at(tokens, step, spec)` follows from the step.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from torch import Tensor
 from nanogpt.errors import UserError
 
 TOKEN_BYTES = 2
-RELEASE_BYTES = 64 << 20  # mapped pages are handed back after this much reading: resident memory stays flat
-FAULT_BYTES = 2 << 20  # what the kernel may map around a single touched page: a large folio of its cache
+RELEASE_BYTES = 64 << 20  # mapped pages are released after this much reading, so resident memory stays flat
+FAULT_BYTES = 2 << 20  # the most that the kernel maps around one touched page: a large folio of its cache
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 1024, 4096
 
 
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSpec:
-    """How a step's sequences are cut and dealt out to processes and microsteps."""
+    """How a step's sequences are cut and distributed over processes and microsteps."""
 
     block_size: int
     """T, tokens in a sequence."""
@@ -83,7 +83,7 @@ class Tokens(Protocol):
 
 
 class MappedTokens:
-    """A token file mapped into memory; touched pages are handed back every 64 MiB."""
+    """A token file mapped into memory; touched pages are released every 64 MiB."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -126,7 +126,7 @@ class PreadTokens:
 
 
 def open_tokens(path: Path) -> Tokens:
-    """The tokens of a file, mapped where the file system can, else read with `pread`.
+    """The tokens of a file: mapped if the file system allows it, else read with `pread`.
 
     Raises UserError for a file that is missing, unreadable, empty or of an odd number of bytes.
     """
@@ -161,7 +161,7 @@ def check_tokens(
 ) -> None:
     """Raises UserError unless the file holds a window and only ids below `vocab_size`.
 
-    `max_token_id` is the manifest's; without one the whole file is read once.
+    `max_token_id` comes from the manifest; without one, the whole file is read once.
     """
     if len(tokens) < block_size + 1:
         raise UserError(
@@ -183,16 +183,16 @@ def check_tokens(
 
 
 def window_count(token_count: int, block_size: int) -> int:
-    """Windows of `block_size` inputs and one more target; what is left over at the end is not used."""
+    """Number of windows of `block_size` inputs and one more target; a remainder at the end is not used."""
     return max(token_count - 1, 0) // block_size
 
 
 def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
-    """This process's part of the batch of a step: int64 on the CPU, a pure function of its arguments.
+    """This process's part of a step's batch: int64 on the CPU, a pure function of the arguments.
 
-    Sequence g of a step is the same whatever the number of processes; it goes to microstep g // (P B) and
+    Sequence g of a step is the same for any number of processes P; it belongs to microstep g // (P B) and
     there to process (g // B) mod P. Epochs follow each other without a gap, so a batch may hold the end of
-    one and the start of the next. Raises UserError where the tokens hold no window.
+    one and the start of the next. Raises UserError if the tokens hold no window.
     """
     windows = window_count(len(tokens), spec.block_size)
     if windows == 0:
@@ -210,7 +210,7 @@ def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
 
 
 def require_ids(batch: Batch, vocab_size: int, folder: Path) -> None:
-    """Raises UserError where a token of a batch is not in the vocabulary: its file is not what it was."""
+    """Raises UserError if a token of the batch is not in the vocabulary: its file has changed."""
     largest = max(int(batch.inputs.max()), int(batch.targets.max()))
     if largest >= vocab_size:
         raise UserError(
@@ -220,9 +220,9 @@ def require_ids(batch: Batch, vocab_size: int, folder: Path) -> None:
 
 
 def batch_hash(batch: Batch, step: int, spec: BatchSpec) -> int:
-    """A 63-bit hash of this process's part of a step's batch; the parts' sum modulo 2^63 is that of all.
+    """A 63-bit hash of this process's part of a step's batch; the whole's is the parts' sum modulo 2^63.
 
-    It depends on the tokens and on the place that each sequence has in the step, not on who reads which.
+    It depends on the tokens and on each sequence's place in the step, not on which process reads it.
     """
     A, B, _ = batch.inputs.shape
     places = dealt_places(spec).astype(np.uint64)
@@ -240,16 +240,16 @@ def dealt_places(spec: BatchSpec) -> np.ndarray:
 
 
 def window_at(position: np.ndarray, windows: int, seed: int) -> np.ndarray:
-    """The window at each position of the endless sequence of epochs, every epoch a permutation of its own."""
+    """The window at each position of the endless sequence of epochs, each a permutation of its own."""
     epoch, offset = np.divmod(position.astype(np.uint64), np.uint64(windows))
     return permute(offset, windows, mix64(mix64(np.uint64(seed % 2**64)) ^ epoch)).astype(np.int64)
 
 
 def permute(x: np.ndarray, n: int, key: np.ndarray | np.uint64) -> np.ndarray:
-    """A permutation of [0, n) chosen by `key`, at x: no table, so a billion windows cost what ten do.
+    """A permutation of [0, n), chosen by `key`, at x. No table: a billion windows cost what ten do.
 
-    Four Feistel rounds permute the smallest even number of bits that holds n; results outside [0, n) walk on
-    along their cycle until they are inside. Source: Black and Rogaway 2002, "Ciphers with arbitrary finite
+    Four Feistel rounds permute the smallest even number of bits that holds n; a result outside [0, n) is
+    permuted again until it is inside. Source: Black and Rogaway 2002, "Ciphers with arbitrary finite
     domains".
     """
     half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
@@ -280,7 +280,7 @@ def mix64(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
 def prefetch(
     batch_of: Callable[[int], Batch], steps: range, device: torch.device
 ) -> Generator[Batch, None, None]:
-    """The batches of `steps` on `device`, each read, pinned and copied while the one before is in use."""
+    """The batches of `steps` on `device`; each is read, pinned and copied while the one before is in use."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     if not steps:
@@ -295,7 +295,7 @@ def prefetch(
         return moved, stream.record_event()
 
     def start() -> None:
-        if stream is not None:  # else each of several processes would make a context on GPU 0
+        if stream is not None:  # otherwise every process would create a context on GPU 0 too
             torch.cuda.set_device(stream.device)
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=start) as pool:
@@ -306,7 +306,7 @@ def prefetch(
                 pending = pool.submit(load, step + steps.step)
             if copied is not None:
                 torch.cuda.current_stream(device).wait_event(copied)
-                # The allocator must not hand this memory out while the step still reads it.
+                # Keeps the allocator from reusing this memory while the step still reads it.
                 for part in batch:
                     part.record_stream(torch.cuda.current_stream(device))
             yield batch
@@ -336,7 +336,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def fingerprint(tokens: Tokens) -> str:
-    """A hash of the length and of 1,024 evenly spaced blocks of 4 KiB: the whole of a small file."""
+    """A hash of the length and of 1,024 evenly spaced blocks of 4 KiB, which cover all of a small file."""
     digest = hashlib.sha256(f"{len(tokens)}:".encode())
     count = FINGERPRINT_BLOCK_BYTES // TOKEN_BYTES
     for start in np.linspace(0, max(len(tokens) - count, 0), FINGERPRINT_BLOCKS, dtype=np.int64).tolist():

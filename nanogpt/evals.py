@@ -15,7 +15,8 @@ def validation_loss(
 ) -> float:
     """Mean loss in nats over all targets of `batches` that are not -100.
 
-    Where `batches` are one process's part and `eval_step` sums over all, `count` is the targets of all.
+    If `batches` are one process's part and `eval_step` sums over all processes, pass as `count` the number of
+    targets of all processes.
     """
     total, own = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
@@ -25,7 +26,7 @@ def validation_loss(
 
 
 def validation_windows(tokens: Tokens, *, token_count: int, block_size: int) -> int:
-    """How many windows an evaluation on about `token_count` tokens has."""
+    """The number of windows in an evaluation on about `token_count` tokens."""
     return min(max(token_count // block_size, 1), window_count(len(tokens), block_size))
 
 
@@ -41,8 +42,8 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The first windows of the text, about `token_count` tokens, in batches [1, B, T] of one shape.
 
-    The same tokens whatever the batch size and however many processes share them: rows that fill up the last
-    batches, as many on each process, have targets of -100.
+    The tokens are the same for any batch size and number of processes: each process yields as many batches,
+    and the rows that pad the last ones have targets of -100.
     """
     windows = validation_windows(tokens, token_count=token_count, block_size=block_size)
     for start in range(0, windows, batch_size * process_count):

@@ -1,4 +1,4 @@
-"""The steps of a run, and what happens between them."""
+"""The training loop: a run's steps, and what happens between them."""
 
 import contextlib
 import dataclasses
@@ -28,14 +28,14 @@ from nanogpt.tracker import Console, Tracker
 from nanogpt.train import Metrics, Precision, TrainState, make_eval_step, make_train_step
 
 Moment = float | torch.cuda.Event
-"""Seconds of the host's clock, or on a GPU a point in its work: Python runs ahead of that by a step."""
+"""Seconds of the host's clock, or on a GPU an event in its stream, since Python runs a step ahead of it."""
 
 
 class RunResult(NamedTuple):
     """How a run ended."""
 
     state: TrainState | None
-    """The last state; None where the run was finished before."""
+    """The last state; None if the run had already finished."""
     step: int
     loss: float | None
     val_loss: float | None
@@ -43,7 +43,7 @@ class RunResult(NamedTuple):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; the state is saved."""
+    """A signal asked the run to stop, and the state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -52,7 +52,7 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass
 class Loop:
-    """The steps of a run, and what happens between them; every rank of a mesh does the same, in one order."""
+    """A run's steps and what happens between them; all ranks of a mesh do the same, in the same order."""
 
     plan: Plan
     optimizer: optim.Transform
@@ -67,11 +67,11 @@ class Loop:
     val_loss: float | None = None
     evaluated_at: int | None = None
     hashes: dict[int, int] = dataclasses.field(default_factory=dict)
-    """Of batches that have been read and not yet logged, by step."""
+    """By step, of the batches that have been read but not logged yet."""
 
     def run(self, state: TrainState, caught: Sequence[int]) -> RunResult:
-        """The planned steps from `state` on; a signal's number in `caught` ends them after the one at hand,
-        saved."""
+        """Runs the planned steps from `state` on. A signal's number in `caught` ends them after the current
+        step, with a checkpoint."""
         plan, config = self.plan, self.plan.config
         choices: dict[str, Any] = dict(
             mesh=self.mesh,
@@ -91,17 +91,17 @@ class Loop:
         )
         self.eval_step = make_eval_step(config.model, **choices)
         self.step, pending = plan.start, None
-        runs_ahead = plan.hardware.device.type == "cuda"  # elsewhere a step has ended when its call returns
+        runs_ahead = plan.hardware.device.type == "cuda"  # elsewhere a step is done when its call returns
         self.began = now(plan.hardware.device)
         with contextlib.closing(self.batches()) as batches:
             for batch in batches:
                 self.team.step(self.step + 1)
                 state, metrics = train_step(state, batch)
                 reading = copy_to_host(metrics)
-                if pending is not None:  # the step before: its numbers are here while this one still runs
+                if pending is not None:  # the step before: its numbers arrive while this one still runs
                     self.report(self.step, *pending())
                 self.step, pending = self.step + 1, reading
-                stop, self.hashes[self.step] = self.agree(caught)  # asked once: a later signal waits a step
+                stop, self.hashes[self.step] = self.agree(caught)  # once per step: a later signal waits
                 is_last = bool(stop) or self.step == plan.last
                 if not runs_ahead or is_last or self.is_due():
                     self.report(self.step, *pending())
@@ -125,7 +125,7 @@ class Loop:
         return prefetch(read, range(plan.start, plan.last), plan.hardware.device)
 
     def agree(self, caught: Sequence[int]) -> tuple[int, int]:
-        """(a signal that some rank has caught or 0, hash of the step's whole batch), equal on all ranks."""
+        """(a signal that some rank has caught, or 0; hash of the step's whole batch), equal on all ranks."""
         own = (max(caught, default=0), self.hashes.pop(self.step))
         if self.mesh is None:
             return own
@@ -133,12 +133,12 @@ class Loop:
         return (max(caught, default=0) or signal.SIGTERM if stop else 0), whole_hash
 
     def is_due(self) -> bool:
-        """Whether anything but training is to be done after this step."""
+        """Whether evaluation, a checkpoint or a sample is due after this step."""
         groups = (self.plan.config.eval, self.plan.config.checkpoint, self.plan.config.sample)
         return any(falls_on(group.interval, self.step) for group in groups)
 
     def report(self, step: int, metrics: dict[str, float], ended: Moment) -> None:
-        """Logs a step's numbers; raises UserError where they show that the parameters are lost."""
+        """Logs a step's numbers; raises UserError if they show that the parameters are lost."""
         seconds, self.began = seconds_between(self.began, ended), ended
         self.loss = metrics["loss"]
         tokens_per_second = self.plan.spec.total_batch_size / seconds
@@ -158,8 +158,7 @@ class Loop:
         check_finite(self.plan.config, step, metrics, self.plan.precision)
 
     def between_steps(self, state: TrainState, *, is_last: bool) -> None:
-        """Evaluation, checkpoint, picture and sample, whichever fall on this step; all of them at the run's
-        end."""
+        """Evaluation, checkpoint, picture and sample: whichever are due, and all of them at the run's end."""
         is_end = self.step == self.plan.config.train.max_steps
         if is_end or falls_on(self.plan.config.eval.interval, self.step):
             self.evaluate(state)
@@ -172,7 +171,7 @@ class Loop:
                 draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
         if is_end or falls_on(self.plan.config.sample.interval, self.step):
             self.write_sample(state)
-        self.began = now(self.plan.hardware.device)  # tokens per second are of training alone
+        self.began = now(self.plan.hardware.device)  # tokens per second count training alone
 
     def evaluate(self, state: TrainState) -> None:
         """Logs the loss on the validation text."""
@@ -192,7 +191,7 @@ class Loop:
         self.trackers.log({"step": self.step, "val_loss": self.val_loss})
 
     def write_sample(self, state: TrainState) -> None:
-        """Logs a text that the model writes, the same draw for the same (seed, step)."""
+        """Logs a text that the model writes; the same (seed, step) draws the same text."""
         plan, settings, tokenizer = self.plan, self.plan.config.sample, self.plan.dataset.tokenizer
         if tokenizer is None:
             return
@@ -212,15 +211,15 @@ class Loop:
         self.trackers.log({"step": self.step, "sample": text_of(tokens[0], tokenizer)})
 
     def stop(self, number: int) -> None:
-        """Ends a run that a signal interrupted, once its checkpoint is whole."""
+        """Ends a run that a signal interrupted, once its checkpoint is complete."""
         self.checkpointer.wait()
         self.console.message(f"stopped at step {self.step}, saved; the same command goes on from there")
         raise Interrupted(number)
 
 
 def check_finite(config: RunConfig, step: int, metrics: dict[str, float], precision: Precision) -> None:
-    """Raises UserError for a loss that is no number, and for such a gradient unless the loss scale takes care
-    of it."""
+    """Raises UserError for a loss that is not finite, and for such a gradient norm unless precision is
+    float16, whose loss scale handles it."""
     names = ("loss",) if precision == "float16" else ("loss", "grad_norm")
     for name in names:
         if not math.isfinite(metrics[name]):
@@ -232,15 +231,15 @@ def check_finite(config: RunConfig, step: int, metrics: dict[str, float], precis
 
 
 def falls_on(interval: int | None, step: int) -> bool:
-    """Whether something done every `interval` steps is done after `step`."""
+    """Whether something that happens every `interval` steps happens after `step`."""
     return interval is not None and step % interval == 0
 
 
 def copy_to_host(metrics: Metrics) -> Callable[[], tuple[dict[str, float], Moment]]:
-    """Starts to copy the metrics of a step and returns what waits for them, that step alone and not the ones
-    after it, and tells when it ended."""
+    """Starts to copy a step's metrics to the host. Returns a function that waits for them, but for no later
+    step, and returns them with the moment at which the step ended."""
     device = metrics["loss"].device
-    waits_later = device.type == "cuda"  # for an event; nothing tells when another device has copied
+    waits_later = device.type == "cuda"  # for an event; on other devices nothing tells when a copy is done
     host = {name: value.to("cpu", non_blocking=waits_later) for name, value in metrics.items()}
     copied = now(device)
 
@@ -254,7 +253,7 @@ def copy_to_host(metrics: Metrics) -> Callable[[], tuple[dict[str, float], Momen
 
 
 def now(device: torch.device) -> Moment:
-    """This moment; on a GPU the one at which it will have done what has been launched."""
+    """This moment; on a GPU the moment at which it finishes what has been launched so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -263,7 +262,7 @@ def now(device: torch.device) -> Moment:
 
 
 def seconds_between(begin: Moment, end: Moment) -> float:
-    """Seconds from one moment to a later one of the same device; both have to be over."""
+    """Seconds from one moment to a later one of the same device; both have to have passed."""
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
     assert isinstance(begin, torch.cuda.Event)
@@ -273,15 +272,15 @@ def seconds_between(begin: Moment, end: Moment) -> float:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that receives the number of a SIGINT, SIGTERM or SIGHUP (a terminal that is closed); a second
-    one ends the program as it would have."""
+    """A list that receives the number of a SIGINT, SIGTERM or SIGHUP (a closed terminal); a second signal has
+    its usual effect."""
     caught: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         caught.append(number)
         signal.signal(number, before[number])
         with contextlib.suppress(OSError):  # the terminal may be gone
-            # Not print: the signal may have come in the middle of one.
+            # Not print: the signal may have interrupted one.
             os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -294,5 +293,5 @@ def catch_signals() -> Iterator[list[int]]:
         yield caught
     finally:
         for number, handler in before.items() if is_main else ():
-            if signal.getsignal(number) is handle:  # it may be ignored by now: meeting.ignore_torchrun
+            if signal.getsignal(number) is handle:  # not if meeting.ignore_torchrun has replaced it
                 signal.signal(number, handler)

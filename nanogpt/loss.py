@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, in chunks: the logits of a long batch never all exist in fp32."""
+"""Cross-entropy of the next token, chunk by chunk: the logits of a long batch never all exist in fp32."""
 
 import math
 from collections.abc import Callable
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from nanogpt.attention import CPU
 
-IGNORED = -100  # a target that cross-entropy leaves out
+IGNORED = -100  # cross-entropy leaves such a target out
 DEFAULT_CHUNK_TOKENS = 1024
 NARROW_CHUNK_TOKENS = 2048
-"""As many bytes of 16-bit logits; products with AMX are faster for it, no others: benchmarks/NOTES.md."""
+"""As many bytes of 16-bit logits. Only AMX multiplies larger chunks faster, see benchmarks/NOTES.md."""
 GPU_CHUNK_TOKENS = 8192
-"""Twice as many take twice the memory and as long a token: measured on an H100, see benchmarks/NOTES.md."""
+"""Twice as many need twice the memory and are no faster, measured on an H100: see benchmarks/NOTES.md."""
 PRODUCT_ROWS = 4096
-"""Rows of the head's gradient that a CPU adds to at a time: fewer stay in cache, more multiply faster."""
+"""Rows of the head's gradient that a CPU adds to at a time: fewer multiply slower, more leave the cache."""
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
-"""`chunk_loss_and_grads` or that function compiled."""
+"""`chunk_loss_and_grads`, or its compiled form."""
 
 
 def chunk_tokens_of(device_type: str, precision: str) -> int:
-    """Tokens whose logits exist at a time, in a step that multiplies in `precision`."""
+    """Number of tokens whose logits exist at a time in a step of this `precision`."""
     if device_type == "cuda":
         return GPU_CHUNK_TOKENS
     gains = precision != "float32" and CPU.get("amx_bf16", False)
@@ -35,9 +35,9 @@ def chunk_tokens_of(device_type: str, precision: str) -> int:
 def next_token_loss(
     logits: Float[Tensor, "... V"], targets: Int[Tensor, "..."], *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood of `targets` in nats, fp32, over chunks of rows widened in turn.
+    """Mean negative log-likelihood of `targets` in nats, in fp32; one chunk of rows is widened at a time.
 
-    Targets of -100 are left out, as `torch.nn.functional.cross_entropy` does.
+    Targets of -100 are left out, as in `torch.nn.functional.cross_entropy`.
     """
     rows, ids = logits.flatten(0, -2), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
@@ -54,10 +54,10 @@ def head_loss(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     chunk: Callable[..., Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """Summed loss of `features @ head.T` in nats, no gradients, one chunk's logits in memory at a time.
+    """Summed loss of `features @ head.T` in nats, without gradients; holds one chunk's logits at a time.
 
-    Targets of -100 are left out, so that a last batch can be filled up with them. `chunk` is `chunk_loss`,
-    compiled perhaps.
+    Targets of -100 are left out, so a last batch can be padded with them. `chunk` is `chunk_loss` or its
+    compiled form.
     """
     rows, ids = features.flatten(0, 1), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
@@ -76,11 +76,12 @@ def head_loss_and_grads(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     chunk: ChunkLoss | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T C"], Float[Tensor, "P C"]]:
-    """The mean loss and the gradients of scale * loss by features and, in fp32, by head.
+    """The mean loss, and the gradients of scale * loss by features and, in fp32, by head.
 
-    A chunk's logits are made, differentiated and forgotten before the next chunk's: nothing of size [B T V]
-    is saved for a backward pass and nothing is computed twice. `chunk` is `chunk_loss_and_grads`, compiled
-    perhaps; the head's gradient is added up outside of it, where a product can be added in place.
+    Each chunk's logits are made, differentiated and freed before the next chunk's: nothing of size [B T V] is
+    saved for a backward pass, and nothing is computed twice. `chunk` is `chunk_loss_and_grads` or its
+    compiled form; the head's gradient is summed outside of it, where a product can be added in place. Every
+    target has to be an id of the vocabulary: none is left out here.
     """
     rows, ids = features.flatten(0, 1), targets.flatten()
     weight = torch.as_tensor(scale / ids.numel(), dtype=torch.float32, device=features.device)
@@ -97,10 +98,10 @@ def head_loss_and_grads(
 
 
 def add_product(total: Float[Tensor, "P C"] | None, a: Tensor, b: Tensor) -> Float[Tensor, "P C"]:
-    """total + a @ b in fp32, in the memory of `total`; None is zero."""
+    """total + a @ b in fp32, written over `total`; None stands for zero."""
     if a.dtype == torch.float32:
         return a @ b if total is None else total.addmm_(a, b)
-    if a.device.type == "cuda":  # its products of two narrow matrices can be wide
+    if a.device.type == "cuda":  # cuBLAS multiplies 16-bit matrices into an fp32 result
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
@@ -124,11 +125,11 @@ def chunk_loss_and_grads(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N C"], Float[Tensor, "N P"]]:
     """Summed loss of N tokens, and the gradients of weight * loss by `row` and by the logits.
 
-    Written out, since it is short: the gradient of a cross-entropy by the logits is softmax less one-hot.
-    Padded columns take no probability, and their gradient is 0. A GPU's product adds a bias of minus infinity
-    to them on its way, so that all passes go over the same columns: they are one kernel, a row at a time,
-    which is in cache when it is read again. A CPU's product would first write the bias to every row, so there
-    the sums leave these columns out and the gradient masks them.
+    Written out because it is short: the gradient of a cross-entropy by the logits is softmax minus one-hot.
+    Padded columns get no probability and a gradient of 0. On a GPU the product adds a bias of minus infinity
+    to them for free; every pass then covers the same columns, so all of them fuse into one kernel that finds
+    each row still in cache. A CPU's product would first write the bias to every row, so there the sums skip
+    these columns and the gradient masks them.
     """
     columns = torch.arange(head.shape[0], dtype=torch.int32, device=head.device)
     if row.device.type == "cpu":
@@ -137,7 +138,7 @@ def chunk_loss_and_grads(
     else:
         bias = torch.where(columns < vocab_size, 0.0, -math.inf).to(row.dtype)
         words = logits = F.linear(row, head, bias).float()
-    top = words.amax(-1, keepdim=True)  # written out too: logsumexp's own care for infinities costs a pass
+    top = words.amax(-1, keepdim=True)  # not torch.logsumexp: its handling of infinities costs a pass
     log_total = (words - top).exp().sum(-1, keepdim=True).log() + top
     loss = (log_total - logits.gather(1, target[:, None])).sum()
     one_hot = (columns == target[:, None].int()).float()
@@ -146,11 +147,11 @@ def chunk_loss_and_grads(
 
 
 class HeadLoss(torch.autograd.Function):
-    """`head_loss_and_grads` as a differentiable function of features and token embedding.
+    """`head_loss_and_grads` as a differentiable function of the features and the token embedding.
 
     `HeadLoss.apply(features, embedding, targets, scale, head, settings)[0]` is scale * mean loss. `head` is
-    the embedding padded and in the compute dtype; the gradient arrives at `embedding`, in fp32: through a
-    cast it would lose the bits that the sum over chunks has kept.
+    the embedding, padded and in the compute dtype, but the gradient goes to `embedding` in fp32: passed back
+    through the cast it would lose the bits that the sum over chunks has kept.
     """
 
     @staticmethod
@@ -172,7 +173,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor | None, *of_grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch passes one an output, declares one
-        # Silence would take the gradients for constants. A graph's tracer passes something for each.
+        # Without this error the gradients would silently count as constants. (A tracer passes all
+        # cotangents.)
         again = any(part is not None for part in of_grads) and not torch.compiler.is_compiling()
         if cotangent is None or again:
             raise NotImplementedError(
@@ -180,7 +182,7 @@ class HeadLoss(torch.autograd.Function):
                 'next_token_loss(apply(..., attention="math"), ...) instead'
             )
         features_grad, embedding_grad = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # nobody will differentiate them: a block's graph is for such alone
+        if not torch.is_grad_enabled():  # a block's compiled backward accepts only what is not differentiated
             features_grad, embedding_grad = features_grad.detach(), embedding_grad.detach()
         if not is_one(cotangent):
             features_grad = features_grad * cotangent.to(features_grad.dtype)
@@ -189,9 +191,9 @@ class HeadLoss(torch.autograd.Function):
 
 
 def is_one(cotangent: Float[Tensor, ""]) -> bool:
-    """Whether it is known to be 1, as in every step: a CPU saves a pass over the head's gradient.
+    """Whether it is known to be 1, as in every step; a CPU then saves a pass over the head's gradient.
 
-    A GPU would have to be waited for, and a tensor of a graph or without data (a fake one) cannot tell.
+    Asking a GPU would mean waiting for it, and inside of a graph there is no value to ask for.
     """
     has_value = type(cotangent) is Tensor and not torch.compiler.is_compiling()
     return has_value and cotangent.device.type == "cpu" and cotangent.item() == 1
@@ -200,5 +202,5 @@ def is_one(cotangent: Float[Tensor, ""]) -> bool:
 def chunk_loss(
     row: Float[Tensor, "N C"], head: Float[Tensor, "P C"], target: Int[Tensor, "N"], vocab_size: int
 ) -> Float[Tensor, ""]:
-    """Summed loss of N tokens. Padded columns are cut off before the softmax, so they take no probability."""
+    """Summed loss of N tokens. Padded columns are cut off before the softmax, so they get no probability."""
     return F.cross_entropy(F.linear(row, head)[:, :vocab_size].float(), target, reduction="sum")

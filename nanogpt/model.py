@@ -2,8 +2,8 @@
 
 The network of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", exactly: learned
 positions, LayerNorm before each sublayer, biases everywhere, tanh GELU, and a head tied to the token
-embedding. Parameters carry the names and layouts of OpenAI's release (weights are [in, out]), so its files,
-and Hugging Face's, fit as they are.
+embedding. Parameters keep the names and layouts of OpenAI's release (weights are [in, out]), so its files,
+and Hugging Face's, load unchanged.
 """
 
 import functools
@@ -25,14 +25,14 @@ Params = dict[str, Tensor]
 """Parameters under OpenAI's names: "wte.weight", "h.0.attn.c_attn.weight", ..., "ln_f.bias"."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(queries, keys, values), each [B, H, T, D], to values: training and sampling differ in it."""
+"""(queries, keys, values), each [B, H, T, D], to values; training and sampling each supply their own."""
 
 ThroughBlock = Callable[[int, nn.Module, Tensor], Tensor]
-"""(layer, block, x [B T C]) to the block's output: who calls the network says how a block is called."""
+"""(layer, block, x [B T C]) to the block's output: the caller decides how each block is run."""
 
 SKELETONS = threading.RLock()
 INIT_STD = 0.02
-# A head of 50,304 columns multiplies faster than one of 50,257: its rows start on aligned addresses.
+# A head of 50,304 columns multiplies faster than one of 50,257: its rows start at aligned addresses.
 VOCAB_MULTIPLE = 128
 PUBLISHED_SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -83,10 +83,10 @@ class GPT2Config:
 
     @functools.cached_property
     def skeleton(self) -> "GPT2":
-        """The module that names the parameters and holds none: it lives on the meta device.
+        """The module that names the parameters but holds none: it lives on the meta device.
 
-        Kept on the config because a compiled function can read an attribute but not build a module: whoever
-        compiles `apply` reads this once before (as `init` and every `make_*` do).
+        Cached on the config because a compiled function can read an attribute but cannot build a module. Read
+        it once before compiling `apply`, as `init` and every `make_*` do.
         """
         with torch.device("meta"):
             return GPT2(self)
@@ -106,7 +106,8 @@ def init(
 
     Weights are normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 n_layer);
     biases are 0 and LayerNorm gains 1. Source: Radford et al. 2019, section 2.3, and OpenAI's code. Each leaf
-    goes through `place` before the next one is drawn: who keeps a part of it never holds two whole leaves.
+    goes through `place` before the next is drawn, so a rank that keeps only a shard never holds two whole
+    leaves.
     """
 
     def init_leaf(name: str, shape: torch.Size) -> Tensor:
@@ -130,7 +131,7 @@ def apply(
 ) -> Float[Tensor, "B T V"]:
     """Logits for the token after each position, in the dtype of `params`.
 
-    Without a `dropout_key` nothing is dropped. Raises UserError where T exceeds `block_size`.
+    Nothing is dropped without a `dropout_key`. Raises UserError if T exceeds `block_size`.
     """
     features = apply_trunk(params, tokens, config, dropout_key=dropout_key, attention=attention)
     return F.linear(features, padded_head(params, config))[..., : config.vocab_size]
@@ -145,10 +146,10 @@ def apply_trunk(
     attention: Attention = "auto",
     through_block: ThroughBlock | None = None,
 ) -> Float[Tensor, "B T C"]:
-    """The features that the head turns into logits: everything but the last matrix product.
+    """The features that the head turns into logits: the whole network except its last matrix product.
 
-    `through_block` says how a block is called (compiled, sharded); by default as it stands, and then `params`
-    need not hold the blocks' parameters.
+    `through_block` decides how a block is run (compiled, sharded), and where its parameters come from: then
+    `params` need not hold them. By default each block runs eagerly on its part of `params`.
     """
     if tokens.shape[1] > config.block_size:
         raise UserError(
@@ -174,9 +175,9 @@ def apply_block(
     dropout_key: Int[Tensor, ""] | None = None,
     attention: Attention = "auto",
 ) -> Float[Tensor, "B T C"]:
-    """One block as a pure function of its own parameters ("ln_1.weight", ...): the same one for every layer.
+    """One block as a pure function of its own parameters ("ln_1.weight", ...), the same for every layer.
 
-    `dropout_key` is the layer's, of `block_key`.
+    `dropout_key` is the layer's own, from `block_key`.
     """
     key = dropout_key if config.dropout else None
     arguments = (x, make_attend(config, attention, key), key)
@@ -184,7 +185,7 @@ def apply_block(
 
 
 def call(module: nn.Module, params: Params, arguments: tuple) -> Tensor:
-    """`torch.func.functional_call`, by one thread at a time: meanwhile the module holds `params`."""
+    """`torch.func.functional_call`, one thread at a time: for its length the shared module holds `params`."""
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, params, arguments)
     with SKELETONS:
@@ -192,9 +193,9 @@ def call(module: nn.Module, params: Params, arguments: tuple) -> Tensor:
 
 
 def block_names(params: Params) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """The names in each block and outside of the blocks, and which names in `params` they stand for.
+    """(one dict per block, one dict for the rest), each from the name inside to the full name in `params`.
 
-    Blocks have the same names among themselves: {"ln_1.weight": "h.0.ln_1.weight", ...}.
+    All blocks share their inner names: {"ln_1.weight": "h.0.ln_1.weight", ...}.
     """
     blocks: dict[str, dict[str, str]] = {}
     for name in params:
@@ -205,7 +206,7 @@ def block_names(params: Params) -> tuple[list[dict[str, str]], dict[str, str]]:
 
 
 def block_params(params: Params, layer: int) -> Params:
-    """The parameters of a block under the names that they have in it."""
+    """The parameters of one block, under their names inside the block."""
     prefix = f"h.{layer}."
     return {name.removeprefix(prefix): leaf for name, leaf in params.items() if name.startswith(prefix)}
 
@@ -216,7 +217,7 @@ def block_key(key: Int[Tensor, ""] | None, layer: int) -> Int[Tensor, ""] | None
 
 
 def make_attend(config: GPT2Config, attention: Attention, key: Int[Tensor, ""] | None) -> Attend:
-    """Causal attention as training wants it: by a fused kernel, or with dropped probabilities."""
+    """Causal attention for training: a fused kernel, or, with dropout, explicit probabilities."""
 
     def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
         if key is None:
@@ -227,10 +228,10 @@ def make_attend(config: GPT2Config, attention: Attention, key: Int[Tensor, ""] |
 
 
 def padded_head(params: Params, config: GPT2Config) -> Float[Tensor, "P C"]:
-    """The tied head with zero rows up to `padded_vocab_size`; who multiplies by it cuts the logits to V."""
+    """The tied head with zero rows up to `padded_vocab_size`; the caller cuts the logits back to V."""
     embedding = params["wte.weight"]
     padding = embedding.new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
-    return torch.cat([embedding, padding])  # F.pad writes the whole of it twice
+    return torch.cat([embedding, padding])  # F.pad would write all of it twice
 
 
 class GPT2(nn.Module):
@@ -252,8 +253,8 @@ class GPT2(nn.Module):
         key: Int[Tensor, ""] | None = None,
     ) -> Float[Tensor, "B T C"]:
         x = self.wte(tokens) + self.wpe(positions)
-        # Blocks run in the dtype of their weights; embeddings may be kept wider, so that rare tokens'
-        # gradients add up.
+        # Blocks run in the dtype of their weights. Embeddings may be wider, so that the many small gradients
+        # of a frequent token still add up.
         x = dropout(x.to(self.ln_f.weight.dtype), self.config.dropout, key, 0)
         for layer, block in enumerate(self.h):
             x = through_block(layer, block, x)
@@ -279,7 +280,7 @@ class Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; which positions see which is up to `attend`."""
+    """Multi-head attention; `attend` decides which positions see which."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -295,7 +296,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with a GELU between; F = 4 C hidden features."""
+    """Two linear maps with a GELU in between; F = 4 C hidden features."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -307,7 +308,7 @@ class MLP(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of weights for each id. PyTorch's own draws values, on the meta device too, and that is slow."""
+    """One row of weights per id. PyTorch's own is slow to make: it draws values even on the meta device."""
 
     def __init__(self, n_ids: int, n_out: int) -> None:
         super().__init__()
@@ -318,7 +319,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W + b with W stored [in, out], as OpenAI's release stores it."""
+    """x W + b, with W stored [in, out] as in OpenAI's release."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -328,26 +329,27 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not adds_bias_later(x):
             return F.linear(x, self.weight.t(), self.bias)
-        # Expanded before the product, the bias gets its gradient after it, from the array that it has read.
+        # Expanding the bias before the product makes backward sum its gradient after the product's, from the
+        # array that the product has just read.
         bias = self.bias.expand(*x.shape[:-1], -1)
         return ((x @ self.weight).float() + bias).to(x.dtype)
 
 
 def adds_bias_later(x: Tensor) -> bool:
-    """Whether the operator after a product of `x` should add the bias on its way, in fp32: in a CPU's graph.
+    """Whether to add the bias after the product of `x`, in fp32: true in a CPU graph in half precision.
 
-    There a product in half precision with a bias takes up to a fifth longer: the bias is first copied to
-    every row.
+    There a product that adds the bias itself takes up to a fifth longer, because PyTorch first copies the
+    bias to every row; the kernel after the product adds it on the way.
     """
     on_cpu = torch.compiler.is_compiling() and x.device.type == "cpu"
     return on_cpu and x.dtype != torch.float32
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU with the tanh of Hendrycks and Gimpel 2016, as OpenAI's code has it: x (1 + tanh u) / 2.
+    """The tanh form of GELU (Hendrycks and Gimpel 2016) that OpenAI's code uses: x (1 + tanh u) / 2.
 
-    A compiled graph takes the same as x sigmoid(2 u): an exponential costs a CPU half of what a tanh does.
-    Eagerly that would be five tensors to remember instead of one.
+    A compiled graph computes the equal x sigmoid(2 u): an exponential costs a CPU half as much as a tanh.
+    Eager code does not, since autograd would save five tensors instead of one.
     """
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
@@ -362,7 +364,7 @@ def causal_attention_with_dropout(
     key: Int[Tensor, ""],
     site: int,
 ) -> Float[Tensor, "B H T D"]:
-    """Causal attention with dropped probabilities; T x T in memory, since fused kernels take no key."""
+    """Causal attention with dropped probabilities, T x T of them in memory: no fused kernel takes a key."""
     T, D = q_BHTD.shape[-2:]
     scores = torch.einsum("bhtd,bhsd->bhts", q_BHTD, k_BHTD) / math.sqrt(D)
     future = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).triu(1)
@@ -371,9 +373,9 @@ def causal_attention_with_dropout(
 
 
 def dropout(x: Tensor, rate: float, key: Int[Tensor, ""] | None, site: int) -> Tensor:
-    """x with a share `rate` of it zeroed and the rest scaled by 1 / (1 - rate); x itself without a key.
+    """x with a fraction `rate` zeroed and the rest scaled by 1 / (1 - rate); x itself without a key.
 
-    `site` numbers the places that drop something under one key: each has a mask of its own.
+    `site` numbers the places that drop features under one key, so that each gets a mask of its own.
     """
     if key is None:
         return x
@@ -381,7 +383,7 @@ def dropout(x: Tensor, rate: float, key: Int[Tensor, ""] | None, site: int) -> T
 
 
 def keep_mask(x: Tensor, rate: float, key: Int[Tensor, ""]) -> Bool[Tensor, "..."]:
-    """True with probability 1 - rate, a function of (key, position in x) alone.
+    """True with probability 1 - rate; depends on (key, position in x) alone.
 
     Integer arithmetic, so every device draws the same mask, compiled or not.
     """
@@ -390,7 +392,7 @@ def keep_mask(x: Tensor, rate: float, key: Int[Tensor, ""]) -> Bool[Tensor, "...
 
 
 def fold_in(key: Int[Tensor, ""], data: int | Int[Tensor, ""]) -> Int[Tensor, ""]:
-    """A new key from a key and a number, as `jax.random.fold_in`."""
+    """A new key from a key and a number, like `jax.random.fold_in`."""
     return mix(key * 0x01000193 + data)
 
 

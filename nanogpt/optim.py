@@ -1,8 +1,8 @@
 """Optimizers as pairs of pure functions, and learning rates as functions of the step.
 
 The algebra is optax's: a `Transform` turns gradients into updates, transforms chain, and updates are added to
-the parameters. Nothing here knows what is being optimised; everything is tensor arithmetic, so it compiles
-with the step.
+the parameters. Nothing here knows what it optimises; everything is tensor arithmetic, so it compiles with the
+step.
 """
 
 import math
@@ -18,13 +18,13 @@ from nanogpt.errors import UserError
 from nanogpt.tree import Tree
 
 OptState = Any
-"""A tree of tensors that belongs to one transform."""
+"""A tree of tensors that one transform owns."""
 
 Schedule = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
-"""Learning rate at a step; step 0 is the first update."""
+"""Step to learning rate; step 0 is the first update."""
 
 Numbers = Callable[[OptState, Tree], Tree]
-"""`(opt_state, params) -> numbers`: what `Elementwise` computes before it looks at a leaf."""
+"""`(opt_state, params) -> numbers`: what an `Elementwise` computes before it visits the leaves."""
 
 UpdateLeaves = Callable[[Tree, OptState, Tree, Tree], tuple[Tree, OptState]]
 """`(updates, opt_state, params, numbers) -> (updates, opt_state)`."""
@@ -38,11 +38,11 @@ class Transform(NamedTuple):
 
 
 class Elementwise(Transform):
-    """A Transform that treats every element by itself, with some numbers that are computed before.
+    """A Transform that treats every element alike, given some numbers that are computed beforehand.
 
-    So it may be given a tree leaf by leaf, each in any shape, and one compiled leaf serves all others. What
-    depends on a leaf's name or shape is in its numbers. They stay outside of that graph for another reason
-    as well: a compiler would compute them anew for each element of each leaf.
+    So it can be applied leaf by leaf, each in any shape, and one compiled graph serves all leaves. Whatever
+    depends on a leaf's name or shape belongs in its numbers. They are kept out of the graph for another
+    reason too: Inductor would recompute them for every element of every leaf.
     """
 
     numbers: Numbers
@@ -52,16 +52,16 @@ class Elementwise(Transform):
 
 
 class Scaling(Transform):
-    """A Transform without a state that multiplies all updates by one number, `factor(their global norm)`.
+    """A stateless Transform that multiplies all updates by one number, `factor(their global norm)`.
 
-    So only the norm has to know the whole tree, and who has it already need not compute it again.
+    Only the norm needs the whole tree, and a caller that already has the norm need not compute it again.
     """
 
     factor: Callable[[Float[Tensor, ""]], Float[Tensor, ""]]
 
 
 class Chain(Transform):
-    """What `chain` returns: it still knows its `parts`."""
+    """The result of `chain`, which remembers its `parts`."""
 
     parts: tuple[Transform, ...]
 
@@ -81,7 +81,7 @@ class ScheduleState(NamedTuple):
 
 
 class LossScaleState(NamedTuple):
-    """What the loss is multiplied by, the number of finite steps since that changed, and the inner state."""
+    """The loss scale, the number of finite steps since it changed, and the inner state."""
 
     scale: Float[Tensor, ""]
     finite_steps: Int[Tensor, ""]
@@ -89,9 +89,9 @@ class LossScaleState(NamedTuple):
 
 
 def chain(*transforms: Transform) -> Transform:
-    """The transforms one after the other, each fed with the updates of the one before.
+    """The transforms in sequence, each fed with the updates of the one before.
 
-    Raises UserError at `init` for a `dynamic_loss_scale` among them: the step would not see it.
+    `init` raises UserError for a `dynamic_loss_scale` among them, which the training step could not see.
     """
 
     def init(params: Tree) -> OptState:
@@ -118,7 +118,7 @@ def elementwise(
     *,
     numbers: Numbers = lambda opt_state, params: (),
 ) -> Elementwise:
-    """The Elementwise of these functions."""
+    """An Elementwise of these functions."""
 
     def update(updates: Tree, opt_state: OptState, params: Tree) -> tuple[Tree, OptState]:
         return update_leaves(updates, opt_state, params, numbers(opt_state, params))
@@ -131,7 +131,7 @@ def elementwise(
 def leafwise(transform: Transform) -> tuple[Numbers, UpdateLeaves]:
     """`numbers` and `update_leaves` of an elementwise transform, or of a chain of them.
 
-    Functions of functions: not every release of torch.compile sees attributes of a transform.
+    Returned as plain functions, since not every release of torch.compile can read a transform's attributes.
     """
     if not isinstance(transform, Chain):
         assert isinstance(transform, Elementwise)
@@ -156,21 +156,21 @@ def leafwise(transform: Transform) -> tuple[Numbers, UpdateLeaves]:
 
 
 def is_elementwise(transform: Transform) -> bool:
-    """Whether `transform` may be given a tree leaf by leaf."""
+    """Whether `transform` may be applied leaf by leaf."""
     if isinstance(transform, Chain):
         return all(map(is_elementwise, transform.parts))
     return isinstance(transform, Elementwise)
 
 
 def split(transform: Transform) -> tuple[Scaling | None, Transform] | None:
-    """(scaling, elementwise), in this order the same as `transform`; None where it is not of that form.
+    """(scaling, elementwise) that in this order equal `transform`; None if it does not have that form.
 
-    `chain(clip_by_global_norm(1.0), adamw(1e-3))` is. Its state is the scaling's, which is empty, followed by
-    the elementwise chain's.
+    `chain(clip_by_global_norm(1.0), adamw(1e-3))` does. Its state is the scaling's, which is empty, followed
+    by the elementwise chain's.
     """
     if is_elementwise(transform):
         return None, transform
-    if isinstance(transform, Scaling):  # alone, it has no state of a chain
+    if isinstance(transform, Scaling):  # alone, its state is not a chain's
         return None
     first, *rest = transform.parts if isinstance(transform, Chain) else (transform,)
     return (first, chain(*rest)) if isinstance(first, Scaling) and all(map(is_elementwise, rest)) else None
@@ -213,7 +213,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
     def update(updates: Tree, opt_state: AdamState, params: Tree, numbers: Tree) -> tuple[Tree, AdamState]:
         mu_correction, nu_correction = numbers
 
-        # Leaf by leaf: what lies between moments and update is gone before that of the next leaf is made.
+        # Leaf by leaf, so that one leaf's temporaries are freed before the next leaf's are made.
         def update_leaf(g: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             mu = torch.lerp(mu, g, 1 - b1)
             nu = torch.lerp(nu, g * g, 1 - b2)
@@ -243,7 +243,7 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
-    """Updates times minus the learning rate: adding them to the parameters goes downhill."""
+    """Updates times minus the learning rate, so that adding them to the parameters goes downhill."""
 
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(_zero_like(params))
@@ -262,7 +262,7 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
 
 
 def matrices(params: Tree) -> Tree:
-    """True for leaves of two dimensions and more: those are decayed, biases and gains are not."""
+    """True for leaves of two or more dimensions: those are decayed, biases and gains are not."""
     return tree.map(lambda p: p.ndim >= 2, params)
 
 
@@ -318,9 +318,9 @@ def warmup_cosine(peak: float, *, final: float, warmup_steps: int, total_steps: 
 def dynamic_loss_scale(
     inner: Transform, *, initial: float = 2.0**15, growth_interval: int = 2000, largest: float = 2.0**24
 ) -> Transform:
-    """`inner` for gradients of `scale` times the loss; steps whose gradients overflow change nothing.
+    """`inner` for gradients of `scale` times the loss; a step whose gradients overflow changes nothing.
 
-    An overflow halves the scale, `growth_interval` finite steps in a row double it.
+    An overflow halves the scale; `growth_interval` finite steps in a row double it.
     Source: Micikevicius et al. 2018, "Mixed precision training", section 3.2.
     """
 
@@ -347,7 +347,7 @@ def dynamic_loss_scale(
 
 
 def all_finite(updates: Tree) -> Bool[Tensor, ""]:
-    """True where no element of any leaf is infinite or NaN."""
+    """True if no element of any leaf is infinite or NaN."""
     return torch.stack([leaf.isfinite().all() for leaf in tree.leaves(updates)]).all()
 
 

@@ -1,6 +1,6 @@
-"""A run from its config to its last checkpoint: what is checked, made and written around the loop.
+"""A run from its config to its last checkpoint: everything that is checked and set up around the loop.
 
-Everything that can be wrong with a config, a folder or a device is found before the first step is compiled.
+Whatever can be wrong with a config, a folder or a device is found before the first step is compiled.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ LOGS = "logs"
 
 
 def main(default: RunConfig) -> RunResult | None:
-    """The command line of an experiment: runs `default` as flags change it and returns what `run` does.
+    """The command line of an experiment: runs `default` as changed by flags and returns what `run` returns.
 
-    A user's mistake ends in one sentence on stderr and status 2; a signal, after a checkpoint, in 128 + its
-    number; a rank that is lost in 1. All of them end every rank that torchrun has started.
+    Exit status 2, with one sentence on stderr, means a user's mistake; 128 + its number a signal, after a
+    checkpoint; 1 a lost rank. Each ends all ranks that torchrun has started.
     """
     with command.mistakes_in_a_sentence(), Team(world()) as team:
         config = team.together(lambda: shaped(command.parse(RunConfig, default=default), default))
@@ -52,7 +52,7 @@ def main(default: RunConfig) -> RunResult | None:
 
 
 def shaped(config: RunConfig, default: RunConfig) -> RunConfig:
-    """`config` with the shape of the model that it starts from, where no --model flag asks for one."""
+    """`config` with the shape of the model that it starts from, unless a --model flag asks for another."""
     model = None if config.init.run_dir is None else saved_model(config.init.run_dir)
     if model is None or config.model != default.model:
         return config
@@ -60,17 +60,17 @@ def shaped(config: RunConfig, default: RunConfig) -> RunConfig:
 
 
 def saved_model(run_dir: Path) -> GPT2Config | None:
-    """The model whose parameters a run has saved; None where it has saved none."""
+    """The model whose parameters a run has saved; None if it has saved none."""
     checkpointer = Checkpointer(run_dir / CHECKPOINTS)
     latest = checkpointer.latest()
     return None if latest is None else GPT2Config(**checkpointer.metadata(latest)["config"]["model"])
 
 
 def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
-    """Trains as `config` says and returns how it ended; None where only the plan was asked for.
+    """Trains as `config` says and returns how it ended; None if only the plan was asked for.
 
-    Raises UserError for whatever the user can put right, before anything is compiled or overwritten where it
-    can be known by then, and Interrupted after a signal, with a checkpoint saved.
+    Raises UserError for whatever the user can put right, if possible before anything is compiled or
+    overwritten, and Interrupted after a signal, with a checkpoint saved.
     """
     team = team or Team(ALONE)
     if team.world.size == 1:
@@ -85,7 +85,7 @@ def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
 
 
 def run_here(config: RunConfig, team: Team) -> RunResult | None:
-    """The run of this process, connected to the others if there are any."""
+    """This process's part of the run, once it is connected to the others, if there are any."""
     config = of_this_attempt(config, team)
     checkpointer = Checkpointer(config.run_dir / CHECKPOINTS, keep=config.checkpoint.keep)
     console = Console(config.last_step)
@@ -104,7 +104,7 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
     if plan.hardware.device.type == "cpu":
         keep_freed_memory()
     if plan.hardware.device.type == "cuda":
-        torch.cuda.set_device(plan.hardware.device)  # what names no device means this one
+        torch.cuda.set_device(plan.hardware.device)  # code that names no device means this one
     mesh = sharding.make_mesh(plan.hardware.device.type, plan.mesh) if plan.spec.process_count > 1 else None
     optimizer = make_optimizer(config, plan.precision)
     state = starting_state(plan, optimizer, checkpointer, mesh)
@@ -117,7 +117,7 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
         contextlib.closing(make_trackers(plan, console) if is_first else Trackers(console)) as trackers,
         catch_signals() as caught,  # also while the last checkpoint is written
         contextlib.closing(checkpointer),
-        team.hangs_explained(),  # before anything is closed: torchrun ends this rank soon after a lost one
+        team.hangs_explained(),  # innermost: after a rank is lost, torchrun soon ends this one too
     ):
         schedule = make_schedule(config)
         loop = Loop(plan, optimizer, schedule, checkpointer, trackers, console, team, mesh)
@@ -131,22 +131,22 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
                 f"microstep: {spec.batch_size} at a time and {spec.accumulation} microsteps from here on"
             )
             loop.plan = plan._replace(spec=spec)
-            del state  # what it holds may be half overwritten
-            gc.collect()  # an eager backward pass that fails leaves a circle through torch.func's wrappers
+            del state  # it may be half overwritten
+            gc.collect()  # a failed eager backward pass leaves reference cycles through torch.func's wrappers
             torch.cuda.empty_cache()
             state = starting_state(plan, optimizer, checkpointer, mesh)
 
 
 def of_this_attempt(config: RunConfig, team: Team) -> RunConfig:
-    """`config`, but that --resume never lets a run go on that torchrun has restarted: it is its own."""
+    """`config`, but a run that torchrun has restarted may resume itself, even with `--resume never`."""
     if config.resume == "never" and any(map(int, team.gather(str(restart_count())))):
         return dataclasses.replace(config, resume="auto")
     return config
 
 
 def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, team: Team) -> Plan:
-    """What `config` comes to on this machine; says what it changes. Raises UserError for what cannot be
-    run, on all ranks if on one."""
+    """What `config` amounts to on this machine; says what had to change. Raises UserError, on all ranks if on
+    one, for what cannot run."""
     hardware = perf.detect(choose_device(config.train.device, team.world))
     if hardware.device.type == "cpu":  # the processes of a machine share it
         hardware = hardware._replace(available_bytes=hardware.available_bytes // team.world.local_size)
@@ -175,7 +175,7 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
 
 
 def check_attention(config: RunConfig, device_type: str, precision: Precision) -> None:
-    """Raises UserError where --train.attention names a kernel that these runs do not have."""
+    """Raises UserError if --train.attention names a kernel that device, precision or dropout rule out."""
     kernel = config.train.attention
     if device_type == "cpu" and kernel in ("cudnn", "efficient"):
         raise UserError(
@@ -194,13 +194,13 @@ def check_attention(config: RunConfig, device_type: str, precision: Precision) -
 
 
 def saved_precision(checkpointer: Checkpointer) -> Precision | None:
-    """What the run was multiplied in so far, on whatever device; None where it has saved nothing."""
+    """The precision of the run so far, on whatever device; None if it has saved nothing."""
     latest = checkpointer.latest()
     return None if latest is None else checkpointer.metadata(latest).get("precision")
 
 
 def check_start(config: RunConfig, init_dir: Path) -> None:
-    """Raises UserError unless a run has saved a model of the shape of `config` in `init_dir`."""
+    """Raises UserError unless `init_dir` holds a saved model with the shape of `config`."""
     model = saved_model(init_dir)
     if model is None:
         raise UserError(f"{init_dir} holds no checkpoint to start from; choose another --init.run-dir")
@@ -215,7 +215,7 @@ def check_start(config: RunConfig, init_dir: Path) -> None:
 
 
 def settings_of(config: RunConfig) -> dict[str, str]:
-    """The config as what ranks have to agree on; where its data lie may differ from machine to machine."""
+    """The flags on which all ranks have to agree; only the data's path may differ between machines."""
     values = to_json(config)
     values["data"].pop("path")
     flags = {
@@ -247,23 +247,24 @@ def make_optimizer(config: RunConfig, precision: Precision) -> optim.Transform:
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed for what is asked for next, where it can (glibc).
+    """Lets the C library keep freed memory for the next allocation, if it can (glibc).
 
-    Otherwise it hands every large tensor's pages back, and the kernel clears them anew for the next tensor:
-    an eager step of a large model loses a third of its time to that.
+    Otherwise it returns every large tensor's pages, and the kernel clears new ones for the next tensor: an
+    eager step of a large model loses a third of its time to that.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        # An older one takes 32 MiB at most, and by the second call alone would hand back even more.
+        # An older glibc accepts 32 MiB at most. It needs some value: the call below alone would make malloc
+        # return even more.
         if not libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1):
             libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def choose_device(name: str | None, place: World) -> torch.device:
-    """The device called `name`, or the GPU where there is one; of several processes each has its own.
+    """The device called `name`, by default the GPU if there is one; each of several processes has its own.
 
-    Raises UserError for one that is not here.
+    Raises UserError if this machine has no such device.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -283,7 +284,7 @@ def choose_device(name: str | None, place: World) -> torch.device:
 
 
 def can_compile(device: torch.device, console: Console) -> bool:
-    """Whether the compiler is there that torch.compile calls; says so where it is not."""
+    """Whether the compiler that torch.compile calls is installed; says so if it is not."""
     if device.type == "cuda":  # Triton builds its launchers in C
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     else:
@@ -295,7 +296,7 @@ def can_compile(device: torch.device, console: Console) -> bool:
 
 
 def batch_spec(config: RunConfig, place: World) -> BatchSpec:
-    """How the steps of `config` are cut. Raises UserError where the total batch does not divide."""
+    """How the steps of `config` are cut. Raises UserError if the total batch does not divide."""
     return BatchSpec(
         block_size=config.model.block_size,
         batch_size=config.data.batch_size,
@@ -315,7 +316,7 @@ def fit(
     shards: int = 1,
     compile: bool = True,
 ) -> BatchSpec:
-    """`spec` with microsteps that the device's free memory holds, the same tokens a step."""
+    """`spec` with microsteps that fit the device's free memory, and as many tokens per step."""
     batch_size = perf.fit_batch_size(
         config.model,
         batch_size=spec.batch_size,
@@ -332,7 +333,7 @@ def fit(
 
 
 def cut_in_words(wanted: BatchSpec, cut: BatchSpec, device: str) -> str:
-    """The line that says what memory has changed."""
+    """The line that says how the step was cut to fit the memory."""
     return (
         f"{wanted.batch_size} sequences in a microstep do not fit {device}: {cut.batch_size} at a time and "
         f"{cut.accumulation} microsteps instead of {wanted.accumulation}"
@@ -340,11 +341,11 @@ def cut_in_words(wanted: BatchSpec, cut: BatchSpec, device: str) -> str:
 
 
 def smaller_microsteps(spec: BatchSpec, *, steps_done: int, error: Exception) -> BatchSpec:
-    """`spec` with half the sequences in a microstep (or the largest divisor below), the same tokens a step.
+    """`spec` with half the sequences per microstep (or the largest divisor below), as many tokens per step.
 
-    Raises UserError from `error` where there is nothing to divide, after the first step, which needs no less
-    memory than the others (there something else takes it), and on one of several processes, since the others
-    are in the middle of the step.
+    Raises UserError from `error` if there is nothing to divide; after the first step, which needs no less
+    memory than later ones, so that something else must be taking it; and on one of several processes, since
+    the others are in the middle of the step.
     """
     size = spec.batch_size
     if steps_done or size == 1 or spec.process_count > 1:
@@ -360,7 +361,7 @@ def smaller_microsteps(spec: BatchSpec, *, steps_done: int, error: Exception) ->
 def starting_state(
     plan: Plan, optimizer: optim.Transform, checkpointer: Checkpointer, mesh: sharding.DeviceMesh | None
 ) -> TrainState:
-    """The state that the run starts with: from its checkpoint, from another run's parameters, or fresh."""
+    """The state that the run starts from: its own checkpoint, another run's parameters, or a fresh one."""
     config, device = plan.config, plan.hardware.device
     generator = torch.Generator(device).manual_seed(config.train.seed)
     state = init_state(config.model, optimizer, generator, mesh=mesh)
@@ -374,7 +375,7 @@ def starting_state(
 
 
 def make_trackers(plan: Plan, console: Console) -> Trackers:
-    """Everything that hears of the run."""
+    """Everything that the run reports to."""
     config = plan.config
     lines = JsonLines(config.run_dir / METRICS, from_step=plan.start)
     wandb = WandB(
@@ -390,7 +391,7 @@ def make_trackers(plan: Plan, console: Console) -> Trackers:
 
 @contextlib.contextmanager
 def full_disk_in_a_sentence(run_dir: Path) -> Iterator[None]:
-    """Raises UserError where the disk has no more room for what a run writes."""
+    """Raises UserError if the disk has no room left for what a run writes."""
     try:
         yield
     except OSError as error:

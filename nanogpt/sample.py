@@ -1,4 +1,4 @@
-"""Text from a model: the prompt in one pass, then one token at a time against a cache of keys and values.
+"""Text from a model: the prompt in one pass, then token by token with a cache of keys and values.
 
 `python -m nanogpt.sample --run-dir runs/gpt2_124m --prompt "To be"` prints a continuation from a run's
 checkpoint.
@@ -26,10 +26,10 @@ from nanogpt.tokenizer import Tokenizer, tokenizer_from
 from nanogpt.tracker import printable
 
 Cache = list[tuple[Float[Tensor, "B H S D"], Float[Tensor, "B H S D"]]]
-"""Keys and values of each layer for S = block_size positions; those not reached yet hold zeros."""
+"""Each layer's keys and values for S = block_size positions; positions not reached yet hold zeros."""
 
 LOWEST_TEMPERATURE = 1e-5
-"""Below it the likeliest token is taken: logits divided by less leave the range of fp32."""
+"""Below it the likeliest token is taken, since logits divided by less would leave the range of fp32."""
 
 
 def generate(
@@ -46,10 +46,10 @@ def generate(
 ) -> Int[Tensor, "B N"]:
     """The prompt followed by `max_new_tokens` drawn tokens.
 
-    `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest, `top_p` the smallest set whose
-    probability reaches p (Holtzman et al. 2020). A text longer than `block_size` goes on from its last half
-    block. With `compile` the one-token step is compiled, once for all positions. Raises UserError for
-    settings out of range.
+    `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest tokens, `top_p` the smallest set
+    whose probability reaches p (Holtzman et al. 2020). When `block_size` positions are full, the text goes on
+    from its last half block. With `compile` the one-token step is compiled, once for all positions. Raises
+    UserError for settings out of range.
     """
     check_settings(config, prompt, max_new_tokens, temperature, top_k, top_p)
     step = compiled_decode(config, len(prompt)) if compile else decode
@@ -72,11 +72,9 @@ def generate(
 def decode(
     params: Params, tokens: Int[Tensor, "B T"], start: int | Int[Tensor, ""], cache: Cache, config: GPT2Config
 ) -> Float[Tensor, "B V"]:
-    """Logits after the last of `tokens`, which stand at positions `start` and on; writes their keys and
-    values to `cache`.
+    """Logits after the last of `tokens`, the first at position `start`; keys and values go to `cache`.
 
-    Every call attends over all S positions of the cache behind a mask, so its shapes do not depend on
-    `start`.
+    Every call attends to all S positions of the cache through a mask, so shapes do not depend on `start`.
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device) + start
     seen = torch.arange(config.block_size, device=tokens.device) <= positions[:, None]
@@ -91,13 +89,13 @@ def decode(
         return block(x, attend)
 
     features = call(config.skeleton, params, (tokens, positions, through_block))
-    # Of one row a product reads the head once, and padding it would copy it.
+    # The padded head is no faster for one row, and padding would copy it.
     return F.linear(features[:, -1], params["wte.weight"])
 
 
 @functools.cache
 def compiled_decode(config: GPT2Config, batch_size: int) -> Callable[..., Float[Tensor, "B V"]]:
-    """`decode` as one graph for texts of this model, so many at a time: of each PyTorch counts the graphs."""
+    """`decode` as one graph for this model and batch size, so each pair has its own count of graphs."""
     return as_one_graph(decode, dynamic=False)
 
 
@@ -109,7 +107,7 @@ def draw(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> Int[Tensor, "B 1"]:
-    """One token a row from the cut and tempered distribution; randomness comes from `generator` alone."""
+    """One token per row from the tempered and cut distribution; randomness comes from `generator` alone."""
     if temperature < LOWEST_TEMPERATURE:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
@@ -118,7 +116,7 @@ def draw(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the probability before this token already reaches p
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before this one already reach p
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
@@ -157,8 +155,7 @@ def check_settings(
 
 
 def text_of(tokens: Int[Tensor, "N"], tokenizer: Tokenizer) -> str:
-    """The text of drawn tokens, without those that only the model's vocabulary has: it may be the larger
-    one."""
+    """The text of drawn tokens, without ids beyond the tokenizer's: the model's vocabulary may be larger."""
     return tokenizer.decode([token for token in tokens.tolist() if token < tokenizer.vocab_size])
 
 

@@ -1,8 +1,8 @@
 """Parameters as a pytree of DTensors: the mesh, placing leaves on it, and FSDP2 bound to a pytree.
 
-FSDP2 computes with parameters of its own modules and ignores, without a word, any others that a functional
-call hands it. So the pytree is bound: its DTensors become the modules' parameters (their storage, no copy),
-functions are called with what FSDP2 gathers, and the gradients are collected into a pytree again.
+FSDP2 computes with its own modules' parameters and silently ignores any others that a functional call passes
+in. So the pytree is bound: its DTensors become the modules' parameters (same storage, no copy), functions are
+called with what FSDP2 gathers, and the gradients are collected into a pytree again.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,8 +25,8 @@ Result = TypeVar("Result")
 def mesh_shape(*, shard: int | None, replicate: int | None, size: int, local_size: int) -> tuple[int, int]:
     """(replicate, shard): how `size` processes, `local_size` on each machine, are laid out.
 
-    What is not given follows; neither given shards within a machine and replicates across machines. Raises
-    UserError where replicate x shard is not `size`.
+    If one is None it follows from the other; if both are, machines shard inside and replicate across. Raises
+    UserError unless replicate x shard is `size`.
     """
     given = {"--mesh.replicate": replicate, "--mesh.shard": shard}
     if shard is None:
@@ -43,9 +43,9 @@ def mesh_shape(*, shard: int | None, replicate: int | None, size: int, local_siz
 
 
 def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
-    """The mesh with axes "replicate" and "shard"; neighbouring ranks share shards.
+    """The mesh with axes "replicate" and "shard"; neighbouring ranks shard one replica.
 
-    Without replicas it has the second axis alone, which spares FSDP2 an all-reduce among one.
+    Without replicas it has only the second axis, which saves FSDP2 an all-reduce over groups of one.
     """
     if shape[0] == 1:
         return init_device_mesh(device_type, shape[1:], mesh_dim_names=("shard",))
@@ -53,7 +53,7 @@ def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
 
 
 def place(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's rows of `leaf`, which every rank has: no communication, and the whole leaf may be freed."""
+    """This rank's rows of `leaf`, which every rank holds: no communication, and the whole leaf can go."""
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
     sharded = distribute_tensor(leaf, mesh, placements, src_data_rank=None)
     own = sharded.to_local()
@@ -61,12 +61,12 @@ def place(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def local(tree_of: Tree) -> Tree:
-    """The tree with this rank's part of each DTensor, in the same memory; other leaves as they are."""
+    """The tree with this rank's part of each DTensor, in the same memory; other leaves unchanged."""
     return tree.map(lambda leaf: leaf.to_local() if isinstance(leaf, DTensor) else leaf, tree_of)
 
 
 def wrap(own: Tensor, like: Tensor) -> Tensor:
-    """`own` as this rank's part of a DTensor laid out as `like`; `own` itself where `like` is none."""
+    """`own` as this rank's part of a DTensor laid out like `like`; `own` itself if `like` is no DTensor."""
     if not isinstance(like, DTensor):
         return own
     return DTensor.from_local(
@@ -75,7 +75,7 @@ def wrap(own: Tensor, like: Tensor) -> Tensor:
 
 
 def laid_out_as(leaf: Tensor, like: Tensor) -> Tensor:
-    """`leaf` laid out as `like`, whole where that is no DTensor; a collective where it is not so already."""
+    """`leaf` laid out like `like`, whole if that is no DTensor; a collective if the layout changes."""
     if not isinstance(leaf, DTensor):
         return leaf
     if not isinstance(like, DTensor):
@@ -84,12 +84,12 @@ def laid_out_as(leaf: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(leaf: Tensor) -> Tensor:
-    """All of `leaf` on every rank, partial sums added up; a collective where it is a DTensor."""
+    """All of `leaf` on every rank, partial sums added up; a collective if it is a DTensor."""
     return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
 
 
 def whole_on_first_rank(params: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """All leaves on rank 0, one after the other, and None on the other ranks; a collective."""
+    """All leaves on rank 0, gathered one at a time, and None on the other ranks; a collective."""
     kept = {}
     for name, leaf in params.items():
         gathered = whole(leaf)
@@ -111,7 +111,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def sums_over_ranks(*values: int) -> list[int]:
-    """Each value's sum over all ranks, modulo 2^63; a collective on the CPU, for what only the host knows."""
+    """Each value's sum over all ranks, modulo 2^63; a collective on the CPU, for numbers on the host."""
     sums = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(sums)
     return [int(value) % 2**63 for value in sums]
@@ -120,8 +120,8 @@ def sums_over_ranks(*values: int) -> list[int]:
 class Held(nn.Module):
     """Some leaves of a pytree as a module that FSDP2 can shard.
 
-    `held(function, *arguments)` is `function(leaves, *arguments)`. A module's parameter may not have a dot in
-    its name, so inside they have slashes.
+    `held(function, *arguments)` is `function(leaves, *arguments)`. Inside, names have slashes instead of
+    dots, which a module's parameter may not contain.
     """
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
@@ -147,10 +147,10 @@ class Bound:
         dtype: torch.dtype,
         reshard_after_forward: bool = False,
     ) -> None:
-        """`shapes` are leaves on the meta device, `blocks` and `outside` their `model.block_names`.
+        """`shapes` are leaves on the meta device; `blocks` and `outside` are their `model.block_names`.
 
-        A block is gathered when it is called, in `dtype`; what is outside of the blocks is at the start, in
-        fp32. All gradients are reduced in fp32.
+        A block is gathered when it is called, in `dtype`; everything else is gathered at the start, in fp32.
+        All gradients are reduced in fp32.
         """
         fp32 = torch.float32
         outer = Held({new: shapes[old] for new, old in outside.items()})
@@ -167,11 +167,11 @@ class Bound:
             self._keys |= {old: f"blocks.{layer}.{new.replace('.', '/')}" for new, old in names.items()}
 
     def bind(self, params: Mapping[str, Tensor]) -> None:
-        """Makes `params` what the next calls compute with."""
+        """Makes the next calls compute with `params`."""
         self._outer.load_state_dict({self._keys[name]: leaf for name, leaf in params.items()}, assign=True)
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """`function(whole leaves outside of the blocks, *arguments)`; what it calls may `call_block`."""
+        """`function(whole leaves outside of the blocks, *arguments)`; inside, `call_block` may be used."""
         return self._outer(function, *arguments)
 
     def call_block(self, layer: int, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -179,7 +179,7 @@ class Bound:
         return self._blocks[layer](function, *arguments)
 
     def reduce_gradients(self, is_last: bool) -> None:
-        """Whether the next backward pass reduces gradients over ranks, with those that earlier ones left."""
+        """Sets whether the next backward pass reduces gradients over ranks, earlier passes' included."""
         assert isinstance(self._outer, FSDPModule)
         self._outer.set_requires_gradient_sync(is_last)
         self._outer.set_is_last_backward(is_last)

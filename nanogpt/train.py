@@ -1,6 +1,6 @@
 """One training step as a pure function, `(state, batch) -> (state, metrics)`.
 
-No clock, file, rank or print in here: the caller owns every effect.
+No clock, file, rank or print here: the caller owns every side effect.
 """
 
 import functools
@@ -38,20 +38,20 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 Metrics = dict[str, Tensor]
-"""0-d fp32 tensors that still live on the device: "loss" and "grad_norm" (before clipping)."""
+"""0-d fp32 tensors, still on the device: "loss" and "grad_norm" (before clipping)."""
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 CallBlock = Callable[..., Tensor]
-"""`(layer, function, *arguments)` to `function(parameters of that block, *arguments)`."""
+"""`(layer, function, *arguments)` to `function(that layer's parameters, *arguments)`."""
 
 Loss = Callable[..., Tensor]
-"""What `make_loss` makes."""
+"""What `make_loss` returns."""
 ValueAndGrad = Callable[[Params, Batch, Int[Tensor, ""], Float[Tensor, ""]], tuple[Float[Tensor, ""], Params]]
 EvalStep = Callable[[Params, Batch], Float[Tensor, ""]]
 
 
 class TrainState(NamedTuple):
-    """All that a run is at a step, and all that a checkpoint holds: the data follow from the step."""
+    """All that a run is at a step, and all that a checkpoint holds: the data follow from `step`."""
 
     step: Int[Tensor, ""]
     params: Params
@@ -61,11 +61,12 @@ class TrainState(NamedTuple):
 def init_state(
     config: GPT2Config, optimizer: Transform, generator: torch.Generator, *, mesh: DeviceMesh | None = None
 ) -> TrainState:
-    """Step 0 with fresh parameters, on the generator's device; on a mesh the same ones, rows of each here."""
+    """Step 0 with fresh parameters on the generator's device; on a mesh this rank's rows of the same."""
     place = functools.partial(sharding.place, mesh=mesh) if mesh else lambda leaf: leaf
     params = init(config, generator, place=place)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
-    # Averaged parameters start as the parameters; in one memory a donated step would write both.
+    # An optimizer's averaged parameters may start as the parameters themselves. They must not share memory:
+    # a donated step would overwrite both.
     opt_state = tree.apart(optimizer.init(params), params)
     return TrainState(step, params, opt_state)
 
@@ -85,12 +86,13 @@ def make_train_step(
 ) -> TrainStep:
     """A pure `(state, batch) -> (state, metrics)`: gradient, then `optimizer`, then the new state.
 
-    Master parameters stay fp32; `precision` is what they are multiplied in. `seed` decides dropout masks,
-    together with the step and the microstep. With `donate` the new state takes over the memory of the old
-    one, which must not be read again (as `donate_argnums` in JAX). With `compile` the step is made of a few
-    graphs, each compiled at its first call and used for every layer; without, the same code runs eagerly, and
-    `torch.compile(step, fullgraph=True)` makes one graph of it, in minutes. On a `mesh` the state is of
-    DTensors, the batch is this rank's part of it, and the metrics are of all ranks.
+    Master parameters stay fp32; `precision` is the dtype of the matrix products. Dropout masks depend on
+    `seed`, the step and the microstep. With `donate` the new state takes over the memory of the old one,
+    which must not be read again (like `donate_argnums` in JAX). With `compile` the step consists of a few
+    graphs, each compiled at its first call and shared by all layers; without, the same code runs eagerly, and
+    `torch.compile(step, fullgraph=True)` turns it into a single graph, in minutes. On a `mesh` the state
+    holds DTensors, the batch is this rank's part, and the metrics cover all ranks. Every target has to be an
+    id of the vocabulary.
     """
     check_precision(precision)
     value_and_grad = make_value_and_grad(
@@ -129,9 +131,9 @@ def make_value_and_grad(
 ) -> ValueAndGrad:
     """`(params, batch, dropout_key, scale) -> (loss, gradients of scale * loss)` over all microbatches.
 
-    Loss and gradients are fp32 and have the names of `params`. On a `mesh` they are means over the ranks'
-    batches, and gradients are laid out as `params`. They are not to be differentiated again (this raises):
-    for that take `torch.func.grad` of `next_token_loss(apply(..., attention="math"), ...)`.
+    Both are fp32; gradients have the names of `params`. On a `mesh` both are means over the ranks' batches,
+    and gradients are laid out like `params`. Differentiating them again raises: for second derivatives take
+    `torch.func.grad` of `next_token_loss(apply(..., attention="math"), ...)`.
     """
     loss = make_loss(
         config, precision=precision, attention=attention, loss_chunk_tokens=loss_chunk_tokens, compile=compile
@@ -142,7 +144,7 @@ def make_value_and_grad(
     grad_and_value = (taped_grad_and_value if compile else torch.func.grad_and_value)(loss)
 
     def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
-        def microstep(a: int):  # no `tuple[...]` here: torch.compile would have to subscript a type
+        def microstep(a: int):  # unannotated: torch.compile cannot trace a subscripted type here
             return grad_and_value(params, batch.inputs[a], batch.targets[a], fold_in(key, a), scale / A)
 
         A = len(batch.inputs)
@@ -150,7 +152,7 @@ def make_value_and_grad(
         for a in range(1, A):
             more, value = microstep(a)
             grads, total = tree.map(torch.Tensor.add_, grads, more), total + value
-            del more  # before the next microstep makes its own
+            del more  # free it before the next microstep allocates its own
         return total / scale, grads
 
     return value_and_grad
@@ -159,7 +161,8 @@ def make_value_and_grad(
 def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, rank: int) -> ValueAndGrad:
     """The body of `make_value_and_grad` on a mesh: bind, backward, collect.
 
-    `torch.func` sees neither into DTensors nor what FSDP2 computes with. Every rank drops other features.
+    `torch.func` sees neither inside DTensors nor the parameters that FSDP2 computes with. Each rank has
+    dropout masks of its own.
     """
 
     def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
@@ -179,7 +182,7 @@ def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, rank: int) ->
 def bind(
     config: GPT2Config, mesh: DeviceMesh, *, precision: Precision, reshard_after_forward: bool = False
 ) -> sharding.Bound:
-    """FSDP2's modules for the parameters of `config`, a block each and one for the rest."""
+    """FSDP2's modules for the parameters of `config`: one per block, and one for the rest."""
     shapes: Params = dict(config.skeleton.named_parameters())
     return sharding.Bound(
         shapes,
@@ -195,8 +198,9 @@ def make_loss(
 ) -> Loss:
     """`(params, inputs, targets, dropout_key, scale) -> scale * mean loss` of one microbatch, differentiable.
 
-    With `compile` two graphs do nearly all of it: one block, which every layer calls with its own parameters,
-    and one chunk of the head. A sixth argument calls blocks with parameters that are not in `params`.
+    With `compile` two graphs do nearly all the work: one block, which every layer calls with its own
+    parameters, and one chunk of the head. An optional sixth argument, a `CallBlock`, supplies blocks'
+    parameters from elsewhere than `params`.
     """
     dtype, _ = DTYPES[precision], config.skeleton
 
@@ -232,16 +236,16 @@ def make_loss(
 
 
 def from_tree(params: Params) -> CallBlock:
-    """Calls a function with the parameters that a block has in `params`."""
+    """A `CallBlock` that takes each block's parameters from `params`."""
     return lambda layer, function, *arguments: function(block_params(params, layer), *arguments)
 
 
 def taped_grad_and_value(function: Callable[..., Tensor]) -> Callable[..., tuple[Params, Tensor]]:
-    """As `torch.func.grad_and_value`, which cannot look into compiled functions: by autograd's tape."""
+    """Like `torch.func.grad_and_value`, which cannot see into compiled functions, but by autograd's tape."""
 
     def grad_and_value(params: Params, *arguments: Any) -> tuple[Params, Tensor]:
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
-        for leaf in leaves.values():  # it stays, so a graph keeps no narrow copy of it for the backward pass
+        for leaf in leaves.values():  # told that it stays, a graph saves no narrow copy for the backward pass
             torch._dynamo.mark_static_address(leaf, guard=False)
         with torch.enable_grad():
             value = function(leaves, *arguments)
@@ -252,21 +256,21 @@ def taped_grad_and_value(function: Callable[..., Tensor]) -> Callable[..., tuple
 
 
 def cast(params: Params, dtype: torch.dtype) -> Params:
-    """All of them in `dtype`."""
+    """All parameters in `dtype`."""
     return {name: leaf.to(dtype) for name, leaf in params.items()}
 
 
 def cast_outside(params: Params, dtype: torch.dtype) -> Params:
-    """What is outside of the blocks, the final norm in `dtype` and the embeddings as they are.
+    """The parameters outside of the blocks: the final norm in `dtype`, the embeddings unchanged.
 
-    The gradients of a frequent token are many: in 8 bits of mantissa their sum would stop growing.
+    A frequent token sums many gradients: with 8 bits of mantissa the sum would stop growing.
     """
     outside = {name: leaf for name, leaf in params.items() if not name.startswith("h.")}
     return {name: leaf if name in EMBEDDINGS else leaf.to(dtype) for name, leaf in outside.items()}
 
 
 def head_in(dtype: torch.dtype, params: Params, config: GPT2Config) -> Float[Tensor, "P C"]:
-    """The padded head in `dtype`; narrowed before it is padded, so that the padding copies the narrow one."""
+    """The padded head in `dtype`; cast before it is padded, so that padding copies the narrow matrix."""
     return padded_head({"wte.weight": params["wte.weight"].to(dtype)}, config)
 
 
@@ -279,9 +283,9 @@ def make_eval_step(
     loss_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     compile: bool = True,
 ) -> EvalStep:
-    """`(params, batch) -> summed loss` of all targets but those of -100, by the training step's network.
+    """`(params, batch) -> summed loss` by the training step's network, of all targets except those of -100.
 
-    On a `mesh` `batch` is this rank's part, and the sum is over all ranks.
+    On a `mesh`, `batch` is this rank's part and the sum is over all ranks.
     """
     check_precision(precision)
     dtype, _ = DTYPES[precision], config.skeleton
@@ -325,7 +329,7 @@ def make_eval_step(
 
 
 def check_precision(precision: str) -> None:
-    """Raises UserError unless `precision` is one that a step can be made for."""
+    """Raises UserError unless `precision` is one of `DTYPES`."""
     if precision not in DTYPES:
         raise UserError(
             f"precision is {precision!r}, expected one of {', '.join(get_args(Precision))}; "

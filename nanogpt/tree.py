@@ -1,4 +1,4 @@
-"""Functions over pytrees of tensors: dicts, tuples and NamedTuples, nested as one likes.
+"""Functions over pytrees of tensors: dicts, lists, tuples and NamedTuples, nested to any depth.
 
 This is the one place that touches torch's private pytree module.
 """
@@ -19,15 +19,15 @@ Tree = Any
 def map(
     function: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Any], bool] | None = None
 ) -> Tree:
-    """A tree of `function(leaf, *leaves of rest at the same place)`; all trees have one structure.
+    """A tree of `function(leaf, *leaves of rest at the same place)`; all trees share one structure.
 
-    A node for which `is_leaf` holds is handed over whole, with what the other trees have in its place.
+    A node for which `is_leaf` holds is passed whole, together with the other trees' nodes at its place.
     """
     return pytree.tree_map(function, tree, *rest, is_leaf=is_leaf)
 
 
 def map_many(function: Callable[..., tuple[Any, ...]], tree: Tree, *rest: Tree) -> tuple[Tree, ...]:
-    """As `map`, for a function of several values: one tree for each of them."""
+    """Like `map`, for a function that returns several values: one tree for each of them."""
     structure = pytree.tree_structure(tree)
     columns = [leaves(tree), *(structure.flatten_up_to(other) for other in rest)]  # dicts may differ in order
     rows = [function(*row) for row in zip(*columns, strict=True)]
@@ -35,18 +35,18 @@ def map_many(function: Callable[..., tuple[Any, ...]], tree: Tree, *rest: Tree) 
 
 
 def is_slot_of(params: dict[str, Any]) -> Callable[[Any], bool]:
-    """Tells the nodes that have one value for each parameter (gradients, a moment) from others (a count)."""
+    """A predicate for slots: nodes with one value per parameter (gradients, a moment), unlike a count."""
     return lambda node: isinstance(node, dict) and node.keys() == params.keys()
 
 
 def split(tree: Tree, params: dict[str, Any]) -> dict[str, Tree]:
-    """A tree for each parameter, as if it were the only one and called "leaf"; what is no slot is in each."""
+    """One tree per parameter, as if it were the only one and called "leaf"; each has all other nodes."""
     is_slot = is_slot_of(params)
 
     def cut(node: Any) -> dict[str, Any]:
         if is_slot(node):
             return {name: {"leaf": node[name]} for name in params}
-        if not isinstance(node, (dict, list, tuple)):  # a union of types is not for Dynamo
+        if not isinstance(node, (dict, list, tuple)):  # Dynamo does not take a union of types here
             return dict.fromkeys(params, node)
         keys, values = (list(node), list(node.values())) if isinstance(node, dict) else (None, list(node))
         rows = zip(*(cut(value).values() for value in values), strict=True) if values else [()] * len(params)
@@ -56,16 +56,16 @@ def split(tree: Tree, params: dict[str, Any]) -> dict[str, Tree]:
 
 
 def put_together(like: Any, keys: list[Any] | None, values: tuple[Any, ...]) -> Any:
-    """A node of the kind of `like`; pytree's own way takes ten times as long, and `split` does it often."""
+    """A node of the type of `like`; pytree's own way takes ten times as long, and `split` needs many."""
     if keys is not None:
         return dict(zip(keys, values, strict=True))
     return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
 
 
 def join(tree: Tree, params: dict[str, Any], parts: dict[str, Tree], rest: Tree) -> Tree:
-    """The structure of `tree` with values of `parts`, which `split` made of it, or of their successors.
+    """The inverse of `split`: the structure of `tree` with the slots of `parts`, one for each parameter.
 
-    What is no slot is taken from `rest`, which is made like a part.
+    Nodes that are no slots are taken from `rest`, a tree like one of the parts.
     """
     is_slot = is_slot_of(params)
 
@@ -77,19 +77,19 @@ def join(tree: Tree, params: dict[str, Any], parts: dict[str, Tree], rest: Tree)
 
 
 def apart(tree: Tree, other: Tree) -> Tree:
-    """`tree` with copies of those leaves that are leaves of `other` as well."""
+    """`tree` with a copy of each leaf that is also a leaf of `other`."""
     others = {id(leaf) for leaf in leaves(other)}
     return map(lambda leaf: leaf.clone() if id(leaf) in others else leaf, tree)
 
 
 def hands_on(old: Tree, new: Tree) -> bool:
-    """Whether a leaf of `new` is one that `old` has in another place."""
+    """Whether a leaf of `new` is a leaf of `old` from another place."""
     pairs = itertools.product(enumerate(leaves(old)), enumerate(leaves(new)))
     return any(one is other and i != j for (i, one), (j, other) in pairs)
 
 
 def overwrite(old: Tree, new: Tree) -> Tree:
-    """`old` with its memory holding the values of `new`, where none of them is in the memory of another."""
+    """`old`, its memory overwritten with the values of `new`; no two of these may share memory."""
 
     def move(kept: Tensor, value: Tensor) -> Tensor:
         if kept is not value:
@@ -100,7 +100,7 @@ def overwrite(old: Tree, new: Tree) -> Tree:
 
 
 def overwrite_slots(old: Tree, new: Tree, params: dict[str, Any]) -> Tree:
-    """`overwrite` for what belongs to one parameter; what is no slot is that of `new`."""
+    """`overwrite` for the slots; nodes that are no slots are those of `new`."""
     is_slot = is_slot_of(params)
     return map(
         lambda kept, value: overwrite(kept, value) if is_slot(kept) else value, old, new, is_leaf=is_slot
@@ -108,7 +108,7 @@ def overwrite_slots(old: Tree, new: Tree, params: dict[str, Any]) -> Tree:
 
 
 def only_slots(tree: Tree, params: dict[str, Any]) -> Tree:
-    """The tree with None for what is no slot."""
+    """The tree with None for every node that is no slot."""
     is_slot = is_slot_of(params)
     return map(lambda node: node if is_slot(node) else None, tree, is_leaf=is_slot)
 
@@ -126,7 +126,7 @@ def paths(tree: Tree) -> dict[str, Any]:
 
 
 def unflatten(like: Tree, leaves: list[Any]) -> Tree:
-    """A tree of the structure of `like` with `leaves`, in the order of `paths(like)`."""
+    """A tree with the structure of `like` and these `leaves`, in the order of `paths(like)`."""
     return pytree.tree_unflatten(leaves, pytree.tree_structure(like))
 
 
@@ -137,7 +137,7 @@ def global_norm(tree: Tree) -> Float[Tensor, ""]:
 
 
 def diff(got: Tree, expected: Tree) -> list[str]:
-    """One sentence for each leaf whose name, shape or dtype differs; empty where the trees agree.
+    """One sentence for each leaf whose name, shape or dtype differs; empty if the trees agree.
 
     Leaves are anything with `.shape` and `.dtype`: tensors, arrays or descriptions of them.
     """

@@ -17,11 +17,11 @@ Update = Callable[[Params, Tensor, OptState, Params], tuple[Params, OptState]]
 
 
 def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
-    """The new parameters and state; with `donate` in the memory of the old ones.
+    """A function that returns the new parameters and state; with `donate`, in the memory of the old ones.
 
-    An optimizer that `optim.split` can take apart, as clipped AdamW, goes through the tree leaf by leaf, on
-    each rank's own rows: with `compile` a graph, the same for all, reads a leaf's gradient, moments and
-    values once and writes them once. Any other optimizer runs eagerly on the tree as it is.
+    An optimizer that `optim.split` can take apart, such as clipped AdamW, goes through the tree leaf by leaf,
+    on each rank's own rows. With `compile` one graph serves all leaves; it reads a leaf's gradient, moments
+    and values once and writes them once. Any other optimizer runs eagerly on the whole tree.
     """
     parts = optim.split(optimizer)
     if parts is not None:
@@ -30,11 +30,11 @@ def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
     def update(grads: Params, norm: Tensor, opt_state: OptState, params: Params) -> tuple[Params, OptState]:
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new = apply_updates(params, updates), new_opt_state
-        # A count becomes a DTensor, or a leaf another layout, by arithmetic with what all ranks share.
+        # Arithmetic between DTensors and plain tensors can make a count a DTensor, or change a leaf's layout.
         new = tree.map(sharding.laid_out_as, new, (params, opt_state))
         if not donate:
             return new
-        if not torch.compiler.is_compiling():  # what is handed on from place to place is copied first
+        if not torch.compiler.is_compiling():  # an old leaf that moved to another place is copied first
             new = tree.apart(new, (params, opt_state))
         return tree.overwrite((params, opt_state), new)
 
@@ -53,7 +53,7 @@ def make_update_by_leaf(
         updates = tree.map(lambda g: g * factor, grads)
         updates, new_opt_state = update_leaves(updates, opt_state, params, numbers)
         new = apply_updates(params, updates), new_opt_state
-        if donate and tree.hands_on((params, opt_state), new):  # copies of them Inductor 2.13 leaves out
+        if donate and tree.hands_on((params, opt_state), new):  # Inductor 2.13 drops the copies this needs
             raise UserError(
                 "an elementwise transform hands a leaf on to another place, which a donated step cannot; "
                 "make it a Transform, or the step with donate=False"
@@ -63,7 +63,7 @@ def make_update_by_leaf(
     def update_slots(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
         return tree.only_slots(update_leaf(factor, numbers, grads, opt_state, params), params)
 
-    # Not what other leaves were like in this process, only the mark below says what may differ.
+    # dynamic=False: only the mark below says which size may vary, not what earlier leaves looked like.
     compiled = as_one_graph(update_slots, dynamic=False) if compile else update_slots
 
     def in_a_row(leaf: Tensor) -> Tensor:
@@ -85,14 +85,14 @@ def make_update_by_leaf(
         flat = tree.map(in_a_row, own_old)
         flat_grads = tree.map(lambda leaf: in_a_row(leaf.contiguous()), sharding.local(grads))
         parts = tree.split((numbers, flat_grads, flat[1], flat[0]), params)
-        # What is no slot, a count, goes on once, beside an element that nobody keeps, not with each leaf.
+        # What is shared by all leaves, such as a count, is updated once, on one spare element of a leaf.
         beside = tree.map(lambda part: part[:1].clone() if part.ndim else part, next(iter(parts.values())))
         for name, part in parts.items():
-            # A rank may have no rows of a leaf, and a graph of any size wants two elements.
+            # A rank may have no rows of a leaf, and a graph of dynamic size needs at least two elements.
             update_one = compiled if flat[0][name].numel() > 1 else update_slots
             parts[name] = update_one(factor, *part)
         new = tree.join(flat, params, parts, update_leaf(factor, *beside))
-        if donate:  # slots are in their old place already; a count, which all leaves have read, is not
+        if donate:  # slots were overwritten leaf by leaf; a count only now, since every leaf has read it
             tree.overwrite(flat, new)
             return params, opt_state
         new = tree.map(lambda value, like: value.view(like.shape), new, own_old)
