@@ -1,4 +1,4 @@
-"""Who this process is among torchrun's, and how processes find one another."""
+"""Which of torchrun's processes this one is, and how they find each other."""
 
 import functools
 import os
@@ -20,11 +20,11 @@ from nanogpt.errors import UserError
 
 POLL_S = 0.02
 LATER_S = 5.0
-"""The others wait longer than rank 0, which then says who is missing."""
+"""How much longer the others wait than rank 0, which then tells them who is missing."""
 
 
 class World(NamedTuple):
-    """The place of this process: of all, and of those on its machine."""
+    """This process's place among all processes, and among those on its machine."""
 
     rank: int
     size: int
@@ -36,9 +36,9 @@ ALONE = World(0, 1, 0, 1)
 
 
 def world() -> World:
-    """This process's place from torchrun's environment; one of one without it.
+    """This process's place according to torchrun's environment; `ALONE` without one.
 
-    Raises UserError for one that is incomplete or contradicts itself.
+    Raises UserError if the environment is incomplete or contradicts itself.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     said = {name: os.environ[name] for name in names if name in os.environ}
@@ -60,14 +60,14 @@ def world() -> World:
 
 
 def restart_count() -> int:
-    """How often torchrun has started its ranks again; other machines than the one that failed say 0."""
+    """How often torchrun has restarted its ranks; only the machine that failed counts, the others say 0."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def meet(world: World, *, timeout_s: float) -> Store:
-    """A store that these processes share, and nobody from an earlier start, once all of them are there.
+    """A store shared by all processes of this start, and by none of an earlier one, once all have arrived.
 
-    Raises UserError on every rank that is there, naming those that are not.
+    Raises UserError on every rank that has arrived, naming those that have not.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_host = world.rank == 0 and not agent_has_store()
@@ -83,7 +83,7 @@ def meet(world: World, *, timeout_s: float) -> Store:
         timeout=timedelta(seconds=timeout_s),
     )
     try:
-        # In a thread: its timeout does not cover another program that listens there and says nothing.
+        # In a thread, since TCPStore's timeout does not cover another program that listens but never answers.
         store = ThreadPoolExecutor(1).submit(connect).result(max(deadline - time.monotonic(), LATER_S))
     except (dist.DistError, ValueError, TimeoutError) as error:
         if not is_host:
@@ -122,9 +122,9 @@ def unanswered(world: World) -> UserError:
 
 
 def missing_after(store: Store, keys: list[str], seconds: float) -> list[str]:
-    """Waits for the keys, and returns those that have not come after that time.
+    """The keys that are still missing after `seconds`; returns as soon as there are none.
 
-    By asking again and again: Store.wait cannot say which, and warns on stderr in C++.
+    Polls, since Store.wait cannot say which are missing, and warns on stderr from C++.
     """
     deadline = time.monotonic() + seconds
     while not store.check(keys):
@@ -135,11 +135,11 @@ def missing_after(store: Store, keys: list[str], seconds: float) -> list[str]:
 
 
 def _session_of(store: Store, world: World, deadline: float) -> str:
-    """A name that only the ranks of this start know, for their keys in the store.
+    """A prefix for keys in the store that only the ranks of this start know.
 
-    After a restart torchrun's store still has the keys of the attempt before, and TORCHELASTIC_RESTART_COUNT
-    differs between machines, as only the one with the failure counts it. So each rank says a number of its
-    own, and rank 0 answers every number with the name: answers to the dead are never read.
+    After a restart torchrun's store still has the keys of the previous attempt, and
+    TORCHELASTIC_RESTART_COUNT differs between machines, since only the one that failed counts. So each rank
+    posts a random number, and rank 0 answers each number with the prefix: nobody reads answers to dead ranks.
     """
     if world.rank > 0:
         left = deadline - time.monotonic() + LATER_S
@@ -180,7 +180,7 @@ def _session_of(store: Store, world: World, deadline: float) -> str:
 
 
 def own_connection(store: Store) -> Store:
-    """The same store for another thread: a call that waits blocks every other one on its connection."""
+    """A second connection to the store, for another thread: a waiting call blocks all others on its own."""
     return store.clone()  # pyright: ignore[reportAttributeAccessIssue]  torch's stub does not have it
 
 
@@ -189,7 +189,7 @@ def meeting_point() -> str:
 
 
 def agent_has_store() -> bool:
-    """Whether torchrun's own process holds the store, and not rank 0."""
+    """Whether torchrun's own process hosts the store, rather than rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -198,18 +198,18 @@ def host() -> str:
 
 
 def ignore_torchrun() -> None:
-    """From here on torchrun's signals do not end this process, only its SIGKILL; not in a second thread."""
+    """Ignores torchrun's signals, all but SIGKILL, from here on. Does nothing outside the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
 
 
 def stop_restarts() -> None:
-    """Ends the torchrun that started this process, which would start it again up to --max-restarts times.
+    """Ends the torchrun that started this process, which would restart it up to --max-restarts times.
 
-    torchrun restarts whatever ends with a status other than 0 and has no status for "do not". It handles
-    SIGQUIT by ending; what experiments.launch.torchrun turns into status 2, plain torchrun ends in 1.
-    Does nothing where the parent is not known to be a torchrun.
+    torchrun restarts whatever ends with a nonzero status; no status means "do not restart". SIGQUIT ends it,
+    with status 1, which experiments.launch.torchrun turns into 2. Does nothing unless the parent is known to
+    be a torchrun.
     """
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
@@ -217,5 +217,5 @@ def stop_restarts() -> None:
         return
     handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
     if re.search(rb"torchrun|torch\.distributed\.run", command) and "SIGQUIT" in handled:
-        ignore_torchrun()  # which hands the signal on to its ranks
+        ignore_torchrun()  # it forwards the signal to its ranks
         os.kill(os.getppid(), signal.SIGQUIT)

@@ -1,9 +1,9 @@
-"""How the processes of a run agree, and end together.
+"""How the processes of a run agree with each other and end together.
 
-All of it goes through the store at MASTER_ADDR:MASTER_PORT, so it also works before a process group exists
-and while a collective hangs. One process alone (no torchrun) is a team of one, for which nothing here does
-anything. A mistake of the user on one rank ends every rank with status 2; anything else that one rank gives
-up for ends them with status 1, which torchrun answers with a restart.
+All communication goes through the store at MASTER_ADDR:MASTER_PORT, so it also works before a process group
+exists and while a collective hangs. A single process (no torchrun) is a team of one, which exchanges nothing
+and waits for nobody. A user's mistake on one rank ends every rank with status 2; any other failure ends them
+with status 1, to which torchrun responds with a restart.
 """
 
 import contextlib
@@ -44,24 +44,24 @@ from nanogpt.meeting import (
 Result = TypeVar("Result")
 
 MEETING_TIMEOUT_S = 60.0
-"""torchrun starts processes once all machines are there, so what is waited for is an import of torch."""
+"""torchrun starts the processes once all machines have joined, so this only has to cover importing torch."""
 CHECKS_TIMEOUT_S = 600.0
-"""For what ranks do before training starts, such as rank 0 tokenizing the bundled text."""
+"""For the ranks' work before training starts, such as rank 0 tokenizing the bundled text."""
 POLL_S = 0.25
-"""How often a rank looks whether another one has given up: four small questions to the store a second."""
+"""How often a rank checks whether another one has given up: four small queries to the store a second."""
 ANSWER_S = 2.0
-"""How long a rank that noticed a broken collective waits for the others to say that they live."""
+"""How long a rank that noticed a broken collective waits for the others to report that they are alive."""
 GRACE_S = 3.0
 """How long ranks wait for each other to end, and the watching thread for the main one."""
 
 STALLED = 0.9
-"""Fraction of the collectives' timeout after which a step that goes on is worth a warning."""
+"""Fraction of the collectives' timeout after which an unfinished step is worth a warning."""
 
 DOCTOR = "python -m nanogpt.doctor"
 BROKEN_COLLECTIVE = re.compile(
     r"gloo|NCCL|nccl|Connection (closed|reset|refused)|[Tt]imed? ?out|timeout|Broken pipe|[Ss]ocket"
 )
-"""What torch's messages have in common: gloo raises plain RuntimeErrors, some with no word about itself."""
+"""What torch's messages have in common: gloo raises plain RuntimeErrors, some of which do not mention it."""
 
 
 class LostRank(RuntimeError):
@@ -69,7 +69,7 @@ class LostRank(RuntimeError):
 
 
 class Ending(NamedTuple):
-    """Why and with which exit status a rank gives up, as the others read it."""
+    """The exit status and reason with which a rank gives up, as it tells the others."""
 
     status: int
     sentence: str
@@ -84,14 +84,14 @@ def flush() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing that Python code prints is seen."""
+    """Discards whatever Python code prints."""
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
 
 
 def code_hashes() -> dict[str, str]:
-    """A short hash of each .py file of this package and of the program: for `Team.agree`."""
+    """A short hash of each .py file of this package and of the program's file, for `Team.agree`."""
     root = Path(__file__).parent
     files = {str(path.relative_to(root.parent)): path for path in root.rglob("*.py")}
     program = sys.modules["__main__"].__dict__.get("__file__")
@@ -109,9 +109,9 @@ class Team:
             team.agree(code_hashes())
             team.step(n)                            # in the loop, for the message when it hangs
 
-    Where the ranks do not meet within `timeout_s`, entering ends the process with a sentence. Leaving with an
-    exception ends it with os._exit when there are others: threads of a broken group, of a tracker or of a
-    checkpoint may wait for ranks that are gone, and an interpreter that shuts down waits for those threads.
+    If the ranks do not meet within `timeout_s`, entering the context ends the process with one sentence.
+    Leaving it with an exception ends a process that is not alone with os._exit: threads of a broken group, a
+    tracker or a checkpoint may wait for ranks that are gone, and a regular exit would wait for those threads.
     """
 
     def __init__(self, world: World, *, timeout_s: float = MEETING_TIMEOUT_S) -> None:
@@ -132,7 +132,7 @@ class Team:
         if self.world.size > 1:
             try:
                 self._store = meet(self.world, timeout_s=self._timeout_s)
-            except UserError as mistake:  # __exit__ is for what comes after this method
+            except UserError as mistake:  # __exit__ is not called when __enter__ raises
                 self._end(Ending(2, str(mistake), []))
             self._store.set(f"step/{self.world.rank}", str(self.step_now))
             keys = [f"host/{rank}" for rank in range(self.world.size)]
@@ -152,11 +152,11 @@ class Team:
         self._ended.set()
         with contextlib.suppress(dist.DistError):
             self._store_of().set(f"left/{self.world.rank}", "")
-            if self.world.rank == 0 and not agent_has_store():  # the store is in this process: others use it
+            if self.world.rank == 0 and not agent_has_store():  # this process hosts the store for the others
                 self._wait_for_all(self._store_of(), seconds=10 * GRACE_S, but=[])
 
     def gather(self, text: str, *, timeout_s: float = CHECKS_TIMEOUT_S) -> list[str]:
-        """Every rank's text, in the order of ranks. Raises UserError naming the ranks that say nothing."""
+        """Every rank's text, in rank order. Raises UserError naming the ranks that stay silent."""
         if self.world.size == 1:
             return [text]
         self._rounds += 1
@@ -170,11 +170,11 @@ class Team:
         return [value.decode() for value in store.multi_get(keys)]
 
     def together(self, function: Callable[[], Result], *, timeout_s: float = CHECKS_TIMEOUT_S) -> Result:
-        """What `function` returns here, once it has returned on every rank.
+        """What `function` returns on this rank, once it has returned on every rank.
 
-        Raises UserError on every rank, with one sentence for all, where it raised one on any. After any other
-        error that rank raises it, and the others LostRank. A rank above 0 prints nothing from within: what
-        all have to say, such as --help, is said once.
+        If it raises UserError on any rank, every rank raises one with the same sentence. Any other error is
+        raised on its own rank, and LostRank on the others. Ranks above 0 print nothing meanwhile, so that
+        what every rank would print, such as --help, appears once.
         """
         if self.world.size == 1:
             return function()
@@ -194,7 +194,7 @@ class Team:
             finally:
                 told = self.gather(json.dumps([mistake, bug]), timeout_s=timeout_s)
                 mistakes, bugs = zip(*map(json.loads, told), strict=True)
-                if not bug:  # this rank's own is raised as it is
+                if not bug:  # this rank's own is already being raised
                     self._raise_first(mistakes)
                     self._raise_lost(bugs)
 
@@ -212,10 +212,9 @@ class Team:
                 raise LostRank(f"{self._names([rank])} stopped with {bug}", [])
 
     def agree(self, what: dict[str, str]) -> None:
-        """Raises UserError on every rank, naming the first odd one, unless all say the same as rank 0."""
-        shared = self.gather(json.dumps(what) if self.world.rank == 0 else "")[
-            0
-        ]  # one text, not size squared
+        """Raises UserError on every rank, naming the first item that differs, unless all equal rank 0's."""
+        # Only rank 0 sends its text: every rank reads all that are sent.
+        shared = self.gather(json.dumps(what) if self.world.rank == 0 else "")[0]
         first = json.loads(shared)
 
         def compare() -> None:
@@ -231,9 +230,9 @@ class Team:
 
     @contextlib.contextmanager
     def connected(self, device_type: str, *, timeout_s: float) -> Iterator[None]:
-        """A process group of all ranks: gloo on the CPU, NCCL as well on GPUs; no collective waits longer.
+        """A process group of all ranks, gloo and on GPUs also NCCL; collectives wait at most `timeout_s`.
 
-        Raises UserError where it cannot be made, LostRank within it where a rank is gone or stays away.
+        Raises UserError if it cannot be made, and LostRank inside it if a rank is gone or does not arrive.
         """
         if self.world.size == 1:
             yield
@@ -279,7 +278,7 @@ class Team:
         store.set(keys[self.world.rank], "")
         number = torch.ones((), device=device_type)
         try:
-            # On GPUs, too, a wait with a time holds the host until the sum is there; one without does not.
+            # Given a timeout, `wait` blocks the host until the sum is there, even on GPUs; else it does not.
             work = dist.all_reduce(number, async_op=True)
             assert work is not None, "this rank is in the group of all"
             work.wait(timedelta(seconds=timeout_s))
@@ -298,19 +297,19 @@ class Team:
             )
 
     def step(self, number: int) -> None:
-        """Notes the step that this rank is in: an assignment, which the watching thread publishes."""
+        """Notes the step that this rank is in: a plain assignment, which the watching thread publishes."""
         self.step_now = number
 
     @contextlib.contextmanager
     def hangs_explained(self) -> Iterator[None]:
         """Raises LostRank, naming the missing ranks, for a collective that broke or timed out.
 
-        Where another rank has given up for a reason of its own, that is what is raised. From then on
-        torchrun's signals are ignored, so what is closed on the way out is better closed around this.
+        If another rank has given up for a reason of its own, that is raised instead. From then on this
+        process ignores torchrun's signals, so whatever is closed outside this context is closed undisturbed.
         """
         try:
             yield
-        except LostRank:  # explained further in
+        except LostRank:  # already explained
             raise
         except RuntimeError as error:
             if self.world.size == 1 or not BROKEN_COLLECTIVE.search(str(error)):
@@ -318,8 +317,11 @@ class Team:
             raise self._explain(error) from error
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """Asks who lives, and says who does not or who did not notice, and so was not in the collective."""
-        ignore_torchrun()  # which ends this machine's ranks 0.1 s after one was killed
+        """The error to raise, naming the ranks that are gone or, if none is, those that did not notice.
+
+        A rank that did not notice the failure was not in the collective.
+        """
+        ignore_torchrun()  # it ends this machine's ranks 0.1 s after one was killed
         store, size, me = self._store_of(), self.world.size, self.world.rank
         try:
             store.set(f"noticed/{me}", "")
@@ -334,7 +336,7 @@ class Team:
                 )
             away = [int(key.partition("/")[2]) for key in away]
             gone = [rank for rank in away if not store.check([f"alive/{rank}"])]
-            # Where one is gone, others may still wait for it in vain, which is no news about them.
+            # If one is gone, the others may not have noticed yet: they still wait for it.
             found = [
                 f"{self._names([rank])} {'is gone' if gone else 'lives but did not arrive'} "
                 f"(last heard of in step {store.get(f'step/{rank}').decode()})"
@@ -351,11 +353,11 @@ class Team:
 
     @contextlib.contextmanager
     def rank_output(self, folder: Path) -> Iterator[Path | None]:
-        """Whatever a rank above 0 prints, C++ included, goes to `folder`/rank-N.log; yields that path.
+        """Sends whatever a rank above 0 prints, from C++ too, to `folder`/rank-N.log; yields that path.
 
-        torchrun's --redirects and --log-dir could do it, but only where the user types them, in a folder of
-        torchrun's own for each start, and with --tee rank 0's terminal becomes a pipe without a live line.
-        Appends, so that a restart does not erase why it was needed. After an error the output stays there.
+        torchrun's --redirects and --log-dir could do this, but only if the user types them, and in a new
+        folder of torchrun's for each start; with --tee rank 0's terminal becomes a pipe without a live line.
+        Appends, so that a restart does not erase why it was needed. After an error, output stays redirected.
         """
         if self.world.rank == 0:
             yield None
@@ -386,7 +388,7 @@ class Team:
 
     @contextlib.contextmanager
     def _deadline(self, seconds: float, sentence: str) -> Iterator[None]:
-        """The watching thread ends all ranks with the sentence where the block takes longer."""
+        """Has the watching thread end all ranks with `sentence` if the block takes longer."""
         self._limit = (time.monotonic() + seconds, sentence)
         try:
             yield
@@ -394,10 +396,10 @@ class Team:
             self._limit = None
 
     def _watch(self, store: Store) -> None:
-        """In a thread with a connection of its own: publishes the step, says that this rank lives, and ends
-        the process where another rank has given up and the main thread does not notice.
+        """Publishes the step, answers that this rank is alive, and ends the process if another has given up.
 
-        The main thread may be inside of a collective, which no Python exception reaches.
+        Runs in a thread with its own connection, since the main thread may be inside a collective, which no
+        Python exception reaches. A main thread that notices by itself has GRACE_S to end the process.
         """
         published, since, answered = self.step_now, time.monotonic(), False
         try:
@@ -457,20 +459,20 @@ class Team:
     def _end(self, ending: Ending) -> NoReturn:
         """Tells the others, lets one rank print the sentence, waits for the others to end too, and exits.
 
-        Waits, since torchrun ends all ranks of a machine 0.1 s after the first: before they have status 2, or
-        have said why.
+        It waits because torchrun ends all ranks of a machine 0.1 s after the first one, which may be before
+        they have set their status or said why.
         """
-        self._is_ending.acquire()  # for good: of the main and the watching thread one ends the process
+        self._is_ending.acquire()  # never released: only one of our two threads may end the process
         self._ended.set()
         ignore_torchrun()
         world, sentence = self.world, ending.sentence
-        speaker = world.rank - world.local_rank  # where nobody met, the first rank of each machine speaks
+        speaker = world.rank - world.local_rank  # if ranks never met, the first of each machine speaks
         with contextlib.suppress(dist.DistError):
             if self._store is not None:
                 speaker = min(rank for rank in range(world.size) if rank not in ending.absent)
-                store = own_connection(self._store)  # the main thread may be inside a call of the other one
-                if sentence:  # not of an exit that was asked for: others may still be busy saving
-                    known = sentence.startswith("rank ")  # what all raise together names its rank already
+                store = own_connection(self._store)  # the main thread may be waiting in the other one
+                if sentence:  # a requested exit has none: others may still be busy saving
+                    known = sentence.startswith("rank ")  # a mistake that all raise already names its rank
                     named = sentence if known else f"{self._names([world.rank])}: {sentence}"
                     store.compare_set("ending", "", json.dumps(ending._replace(sentence=named)))
                 self._say(sentence, is_speaker=world.rank == speaker)
@@ -485,7 +487,7 @@ class Team:
         os._exit(ending.status)
 
     def _say(self, sentence: str, *, is_speaker: bool) -> None:
-        """The sentence, once on the terminal and in every rank's log, where somebody can read them."""
+        """Writes the sentence once on the terminal, and in every rank's log; ignores those that are gone."""
         with contextlib.suppress(OSError):
             if sentence and is_speaker:
                 os.write(self._terminal, f"error: {sentence}\n".encode())
@@ -496,7 +498,7 @@ class Team:
         keys = [f"left/{rank}" for rank in range(self.world.size) if rank not in but]
         missing_after(store, keys, seconds)
         if self.world.rank == 0 and not agent_has_store():
-            time.sleep(POLL_S)  # the store is in this process: let the others ask it for the last time
+            time.sleep(POLL_S)  # this process hosts the store: let the others query it one last time
 
     def _names(self, ranks: list[int]) -> str:
         """rank 1 (host), rank 5 (other host)"""

@@ -1,6 +1,6 @@
-"""The processes of a run, agreeing: on values, and on failures.
+"""How the ranks of a run agree on values and on failures.
 
-A failure of one is raised on all, so none goes on alone or waits for a rank that has given up.
+A failure on one rank is raised on all, so none goes on alone or waits for one that has given up.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from nanogpt.errors import UserError
 
 TIMEOUT_S = 1800.0
-"""How long ranks wait for each other. One that has ended is noticed at once, one that hangs only by this."""
+"""How long ranks wait for each other: one that ends is noticed at once, one that hangs only after this."""
 
 T = TypeVar("T")
 
@@ -26,12 +26,12 @@ class _Outcome(NamedTuple):
 class Ranks:
     """The ranks of torch.distributed in a gloo group of their own, or this process alone.
 
-    No other collective shares the group, so one thread may use it whatever the other threads do; each thread
-    needs its own. Every rank calls the same methods in the same order.
+    No other collective shares the group, so a thread may use it whatever other threads do; each thread needs
+    its own `Ranks`. Every rank must call the same methods in the same order.
     """
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S):
-        """To be called on all ranks, after `init_process_group`."""
+        """Must be called on all ranks, after `init_process_group`."""
         self.joined = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.joined else 0
         self.size = dist.get_world_size() if self.joined else 1
@@ -41,11 +41,11 @@ class Ranks:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def agree(self, action: Callable[[], T]) -> list[T]:
-        """What `action` returned on each rank, by rank; it is run on all of them.
+        """Runs `action` on every rank and returns the results of all, by rank.
 
-        If it raised UserError, OSError or ValueError on some, the first of those is raised on all (an OSError
-        that names the rank, for the latter two). Raises RuntimeError, as torch's collectives do, if a rank
-        has ended or does not answer: no mistake of the user, and a restart may help.
+        If it raises UserError, OSError or ValueError on some, all raise the error of the first such rank: its
+        UserError, or for the latter two an OSError that names the rank. Raises RuntimeError, as torch's
+        collectives do, if a rank has ended or does not answer: not the user's mistake; a restart may help.
         """
         if self.size == 1:
             return [action()]

@@ -1,9 +1,10 @@
 """DTensors and the parts of them that this rank holds.
 
-torch cuts a dim into parts of ceil(size / ranks): all alike, but for a short one and then empty ones at the
-end. That is also how an array on disk is cut into chunks, so each shard is one chunk and none is padded.
+torch splits a dim into parts of ceil(size / ranks): all equal, except for a short one and then empty ones at
+the end. Arrays on disk are split into chunks in the same way, so each shard is one chunk and none is padded.
 
-Importing `torch.distributed.tensor` takes about as long as torch, so `checkpoint` does it for ranks only.
+Importing `torch.distributed.tensor` takes about as long as importing torch, so `checkpoint` does it only
+under torch.distributed.
 """
 
 import numpy as np
@@ -15,10 +16,10 @@ from nanogpt.arrays import Part, to_tensor
 
 
 def part_of(leaf: Tensor, *, rank: int) -> Part:
-    """What `rank`, this process, holds of `leaf`: its shard of a DTensor, all of a plain tensor.
+    """The part of `leaf` that this process, `rank`, holds: its shard of a DTensor, all of a plain tensor.
 
     Plain tensors are equal on all ranks. Raises ValueError for a DTensor that is neither replicated nor
-    sharded along an axis of its mesh, or that has a dim sharded along two.
+    sharded along some axis of its mesh, or that has a dim sharded along two.
     """
     shape = tuple(leaf.shape)
     if not isinstance(leaf, DTensor):
@@ -47,7 +48,7 @@ def local(leaf: Tensor) -> Tensor:
 
 
 def placed_like(leaf: Tensor, array: np.ndarray) -> Tensor:
-    """This rank's part, `array`, as a tensor placed as `leaf` is and on its device; communicates nothing."""
+    """`array`, this rank's part, as a tensor with the placement and device of `leaf`; no communication."""
     part = to_tensor(array, local(leaf).device)
     if not isinstance(leaf, DTensor):
         return part
