@@ -15,7 +15,7 @@ Index = tuple[slice, ...]
 
 
 class Part(NamedTuple):
-    """What a rank holds of a tensor that is cut into shards."""
+    """The part that a rank holds of a tensor that is split into shards."""
 
     shape: tuple[int, ...]
     """Of the whole tensor."""

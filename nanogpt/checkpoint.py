@@ -10,8 +10,8 @@ name and renames at the end.
 Under torch.distributed each rank writes its own shards and reads its own parts; the folder looks the same to
 any reader, on any number of ranks, or none. Ranks share the file system.
 
-Reading executes nothing. Importing Orbax and jax takes seconds, so it happens with the first array (on its
-thread for a save, while training goes on); steps, metadata and losses are read without them.
+Reading a checkpoint executes no code. Importing Orbax and jax takes seconds, so it happens with the first
+array (for a save on its thread, while training goes on); steps, metadata and losses are read without them.
 """
 
 import functools
@@ -39,7 +39,7 @@ from nanogpt.ranks import Ranks
 from nanogpt.tree import Tree
 
 CHECKPOINTS = "checkpoints"
-"""Where a run directory has its checkpoints."""
+"""The folder in a run directory that holds its checkpoints."""
 _STATE, _METADATA, _METRICS = "state", "metadata", "metrics"
 _PARAMS = "params/"
 _STAGING = "shards-"
@@ -51,15 +51,15 @@ class Checkpointer:
     """The checkpoints of one run: the last `keep` and the one with the lowest validation loss, no others.
 
     Saves run on a thread, one at a time. One run may save to a directory while any number of processes read.
-    Call `close` before the program ends: a save that is still running then is lost.
+    Call `close` before the program ends, or a save that is still running is lost.
 
-    Under torch.distributed it is made after `init_process_group`, and each method is called on all ranks in
-    the same order: rank 0 decides which steps there are, and a failure on one rank is raised on all. Leaves
-    are DTensors, or plain tensors that are equal on all ranks; `metadata` and `val_loss` are those of rank 0.
+    Under torch.distributed, create it after `init_process_group`, and call each method on all ranks in the
+    same order: rank 0 decides which steps there are, and a failure on one rank is raised on all. Leaves are
+    DTensors, or plain tensors that are equal on all ranks; `metadata` and `val_loss` are those of rank 0.
     """
 
     def __init__(self, directory: Path | str, *, keep: int = 2):
-        """Create nothing on disk. Raises UserError unless `keep` is at least 1."""
+        """Creates nothing on disk. Raises UserError unless `keep` is at least 1."""
         if keep < 1:
             raise UserError(f"keeping {keep} checkpoints would leave none to resume from; keep at least 1")
         self._directory = Path(directory).absolute()
@@ -72,7 +72,7 @@ class Checkpointer:
     def check(self, state: Tree) -> None:
         """Raise UserError if a run could not keep its checkpoints of `state` here; creates nothing.
 
-        To be called before a run starts. At most there are `keep`, the best, and the one being written.
+        Call it before a run starts. At most `keep`, the best, and the one being written exist at a time.
         """
         to_come = max(1, self._keep + 2 - len(_finished_steps(self._directory)))
         self._ranks.agree(lambda: _require_room(self._directory, to_come * _nbytes(state)))
@@ -80,12 +80,12 @@ class Checkpointer:
     def save(
         self, step: int, state: Tree, *, metadata: dict[str, Any] | None = None, val_loss: float | None = None
     ) -> None:
-        """Start to save; once it returns, `state` is copied to host memory and may be overwritten.
+        """Start a save; on return, `state` has been copied to host memory and may be overwritten.
 
-        A rank copies what it will write, its shards that no rank before it holds too; the writing goes on
-        while the caller computes and communicates. Waits for the save before, and raises what that one
-        raised. `metadata` is anything that JSON can hold. Raises UserError where the directory holds this or
-        a later step, cannot be written, or is full.
+        A rank copies only what it will write: its shards that no earlier rank holds as well. Writing goes on
+        while the caller computes and communicates. Waits for the previous save, and raises what that one
+        raised. `metadata` is anything that JSON can hold. Raises UserError if the directory holds this or a
+        later step, cannot be written, or is full.
         """
         self.wait()
         self._ranks.agree(lambda: self._require_free(step, _nbytes(state)))
@@ -104,25 +104,25 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """The newest finished step; None where there is none. Running and interrupted saves do not count."""
+        """The newest finished step; None if there is none. Running and interrupted saves do not count."""
         return self._ranks.decide(lambda: max(_finished_steps(self._directory), default=None))
 
     def best(self) -> int | None:
-        """The finished step of lowest validation loss (of equals the newest); None where none has one."""
+        """The finished step with the lowest validation loss (the newest of equals); None if none has one."""
         return self._ranks.decide(lambda: _best_step(self._directory))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given. Raises UserError where there is no such step or its file is damaged."""
+        """What `save` was given. Raises UserError if there is no such step or its file is damaged."""
         return self._ranks.decide(lambda: _read_metadata(self._directory, step))
 
     def restore(self, step: int, like: Tree) -> Tree:
         """The state saved at `step`, in the structure of `like`, on the meshes and devices of its leaves.
 
-        A leaf may be placed otherwise than it was saved; each rank reads its own part. Names, shapes (of
-        whole tensors) and dtypes are compared before an array is read. Raises UserError, naming the leaf, if
-        one differs; also if there is no such step or its files are damaged.
+        The placement of a leaf may differ from when it was saved; each rank reads its own part. Names, shapes
+        (of whole tensors) and dtypes are compared before any array is read. Raises UserError, naming the
+        leaf, if one differs; also if there is no such step or its files are damaged.
         """
-        restored: list[Tree] = []  # what ranks agree on is sent around, which a state is too large for
+        restored: list[Tree] = []  # not returned to `agree`, which sends results around: it is too large
         self._ranks.agree(lambda: restored.append(self._restore(step, like)))
         return restored[0]
 
@@ -158,7 +158,7 @@ class Checkpointer:
         try:
             self._pending.result()
         except (OSError, ValueError) as error:
-            # It counts the failed step as saved; opening it anew for the next save also clears what is left.
+            # The manager counts the failed step as saved; reopening it also removes what that step left.
             self._manager = None
             raise UserError(
                 f"saving a checkpoint to {self._directory} failed (earlier ones are whole): "
@@ -200,7 +200,7 @@ class Checkpointer:
         metadata: dict[str, Any],
         metrics: dict[str, float] | None,
     ) -> None:
-        """Runs on all ranks: each writes its shards, and when all have, rank 0 makes them a checkpoint."""
+        """Runs on all ranks: each writes its shards, and then rank 0 makes a checkpoint of them all."""
         edge = _import_edge()
         rank = self._writers.rank
         staging = self._writers.decide(lambda: _make_staging(self._directory, step))
@@ -222,9 +222,9 @@ class Checkpointer:
 
 
 def load_params(directory: Path, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parameters, on the CPU and without the optimizer's state, and the metadata; by default the newest.
+    """The parameters (on the CPU, no optimizer state) and the metadata of `step`, by default the newest.
 
-    Raises UserError where `directory` holds no such checkpoint or its files are damaged.
+    Raises UserError if `directory` holds no such checkpoint or its files are damaged.
     """
     directory = directory.absolute()
     step = max(_finished_steps(directory), default=0) if step is None else step
@@ -236,15 +236,15 @@ def load_params(directory: Path, step: int | None = None) -> tuple[dict[str, Ten
 
 
 def _finished_steps(directory: Path) -> list[int]:
-    """Ascending; a save that is running, or was killed, lies in a folder whose name is no number.
+    """The finished steps, ascending: a running or killed save is in a folder whose name is not a number.
 
-    Raises UserError where `directory` cannot be read.
+    Raises UserError if `directory` cannot be read.
     """
     try:
         if not directory.is_dir():
             return []
         return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
-    except OSError as error:  # a name that is too long, a folder of somebody else
+    except OSError as error:  # such as a name that is too long, or somebody else's folder
         raise UserError(
             f"checkpoints in {directory} cannot be read ({error.strerror}); choose another directory"
         ) from error
@@ -267,7 +267,7 @@ def _read_metadata(directory: Path, step: int) -> dict[str, Any]:
 def _make_staging(directory: Path, step: int) -> Path:
     """A new folder for the shards of `step`; removes those of saves that were killed.
 
-    Its name is new each time: a process of a killed attempt that still writes cannot reach it.
+    Its name is unique, so that a process of a killed attempt that is still writing cannot reach it.
     """
     for left in directory.glob(f"*.{_STAGING}*"):
         shutil.rmtree(left)
@@ -277,7 +277,7 @@ def _make_staging(directory: Path, step: int) -> Path:
 
 
 def _await_folder(folder: Path, rank: int) -> None:
-    """Return when this machine sees `folder`, which rank 0 has made, or raise FileNotFoundError."""
+    """Return once this machine sees `folder`, which rank 0 has made, or raise FileNotFoundError."""
     deadline = time.monotonic() + _FOLDER_TIMEOUT_S
     while not folder.is_dir():
         if time.monotonic() > deadline:
@@ -357,12 +357,12 @@ def _import_shards() -> Any:
 
 @functools.cache
 def _import_edge() -> Any:
-    """`nanogpt.orbax_edge`, imported now and made quiet: what matters arrives as an exception."""
+    """`nanogpt.orbax_edge`, imported at the first call and silenced: what matters arrives as an exception."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the GPU is torch's alone
     from nanogpt import orbax_edge
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    # After one failed read or write Orbax closes its event loop; the others still report to it, from threads.
+    # After one read or write fails, Orbax closes its event loop, to which threads with others still report.
     report, noise = sys.unraisablehook, "Event loop is closed"
     sys.unraisablehook = lambda event: None if str(event.exc_value) == noise else report(event)
     return orbax_edge

@@ -1,11 +1,11 @@
-"""What Orbax does for checkpoints: the files of arrays, written whole or by several processes, and retention.
+"""Orbax's share of checkpoints: array files, written whole or by several processes, and what is retained.
 
 Importing this takes seconds (jax), so `checkpoint` does it when the first array is read or written.
 
-Processes do not meet in jax: `jax.distributed` can be started only once in a process, keeps a rank that reads
-alone waiting for the others, and aborts all when one dies. Instead each writes its shards to a folder of its
-own, in the format that Orbax has for a process; the one that has a CheckpointManager moves these folders into
-the checkpoint, where Orbax merges them. What results is an Orbax checkpoint like any other.
+The processes do not use `jax.distributed`: it can be started only once per process, makes a rank that reads
+alone wait for the others, and aborts all when one dies. Instead each process writes its shards to a folder of
+its own, in Orbax's per-process format; the one with the CheckpointManager moves these folders into the
+checkpoint, where Orbax merges them. The result is an Orbax checkpoint like any other.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ from nanogpt.arrays import Arrays, Index, Part
 
 STATE, METADATA, METRICS = "state", "metadata", "metrics"
 _READS_AT_ONCE = 8
-"""Bounds the memory: where a part is wanted, all of the shards that it lies in are read."""
+"""Bounds memory: to read a part of an array, all shards that overlap it are read whole."""
 _kinds = ocp.type_handlers
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A leaf whose shards have been written, with those of all other leaves, to folders of processes."""
+    """A leaf whose shards the processes have written, with those of all other leaves, to `folders`."""
 
     folders: tuple[Path, ...]
 
@@ -44,7 +44,7 @@ class PartRestoreArgs(ocp.RestoreArgs):
 
 
 class _Arrays(_kinds.NumpyHandler):
-    """Numpy arrays, of which parts can be read."""
+    """Numpy arrays that can be read in part."""
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
         assert args is not None
@@ -61,7 +61,7 @@ class _Arrays(_kinds.NumpyHandler):
 
 
 class _StagedArrays(_kinds.NumpyHandler):
-    """Takes over what processes have written; to a reader these are numpy arrays."""
+    """Moves what the processes have written into the checkpoint; readers see numpy arrays."""
 
     async def serialize(
         self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
@@ -75,9 +75,9 @@ class _StagedArrays(_kinds.NumpyHandler):
 
 
 def array_handler() -> Any:
-    """Writes numpy arrays and takes over staged ones; reads them, and what jax wrote, whole or in part."""
+    """Writes numpy arrays and moves in staged ones; reads these, and what jax wrote, whole or in part."""
     return ocp.PyTreeCheckpointHandler(
-        use_compression=False,  # it saves a tenth of the space for twice the time
+        use_compression=False,  # it would save a tenth of the space and take twice the time
         type_handler_registry=_kinds.create_type_handler_registry(
             (Staged, _StagedArrays()),
             (np.ndarray, _Arrays(deepcopy_host_arrays=False)),  # the caller has copied already
@@ -98,7 +98,7 @@ def open_manager(directory: Path, keep: int) -> Any:
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), lowest]),
         best_fn=_val_loss,  # without it no metrics are written
         cleanup_tmp_directories=True,
-        enable_async_checkpointing=False,  # the caller's thread is that already, and hides the import too
+        enable_async_checkpointing=False,  # the caller's thread does that, and hides the import too
     )
     return ocp.CheckpointManager(directory, options=options, handler_registry=handlers)
 
@@ -110,7 +110,7 @@ def save(
     metadata: dict[str, Any],
     metrics: dict[str, float] | None,
 ) -> None:
-    """Write a checkpoint whose leaves are numpy arrays or Staged; returns when it has its name."""
+    """Write a checkpoint whose leaves are numpy arrays or Staged; returns once it has its final name."""
     items = {STATE: ocp.args.PyTreeSave(state), METADATA: ocp.args.JsonSave(metadata)}
     manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
@@ -121,7 +121,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, indices: dict[str, Index]) -> Arrays:
-    """The named arrays in `folder`; of each the part at its index, and all of it where that is empty."""
+    """The named arrays in `folder`: of each the part at its index, or all of it if the index is empty."""
     wanted = ocp.args.PyTreeRestore(
         item=dict.fromkeys(indices, 0),
         restore_args={
@@ -133,7 +133,7 @@ def read(folder: Path, indices: dict[str, Index]) -> Arrays:
 
 
 def write_shards(folder: Path, process: int, shards: Arrays, parts: dict[str, Part]) -> list[Path]:
-    """Write `shards` for a process, each at its place in the whole array; the folders that this has made."""
+    """Write a process's `shards`, each at its place in the whole array; returns the folders it made."""
     context = _kinds.get_ts_context(use_ocdbt=True)
 
     async def write(name: str, shard: np.ndarray, part: Part) -> None:

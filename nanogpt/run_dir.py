@@ -1,5 +1,4 @@
-"""A run directory: whether it is this run's, where the run stands in it, and the file that says what it
-is."""
+"""A run directory: whether it belongs to this run, at which step the run resumes, and its config.json."""
 
 import contextlib
 import dataclasses
@@ -23,8 +22,8 @@ from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
 
 CONFIG, METRICS, PICTURE = "config.json", "metrics.jsonl", "loss.png"
-# What may change when a run goes on: it decides neither the numbers nor which tokens are seen. None is a
-# whole group.
+# What may change when a run resumes, as it affects neither its numbers nor which tokens it sees. None stands
+# for a whole group.
 FREE_TO_CHANGE = {
     "data": {"path", "batch_size"},
     "train": {"stop_after", "device", "compile", "attention"},
@@ -41,8 +40,10 @@ FREE_TO_CHANGE = {
 
 
 def starting_step(config: RunConfig, dataset: Dataset, checkpointer: Checkpointer) -> int:
-    """The step of the checkpoint to go on from, 0 without one. Raises UserError where the directory is not
-    this run's."""
+    """The step of the checkpoint to resume from; 0 without one.
+
+    Raises UserError if the directory is not this run's.
+    """
     run_dir, latest = config.run_dir, checkpointer.latest()
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file, expected a directory to write to; choose another --run-dir")
@@ -70,8 +71,7 @@ def starting_step(config: RunConfig, dataset: Dataset, checkpointer: Checkpointe
 
 
 def read_about(run_dir: Path) -> dict[str, Any] | None:
-    """What config.json says about the run; None where there is none. Raises UserError where it cannot be
-    read."""
+    """What config.json says about the run; None if there is none. Raises UserError if it cannot be read."""
     path = run_dir / CONFIG
     if not path.exists():
         return None
@@ -88,8 +88,11 @@ def read_about(run_dir: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -> None:
-    """Raises UserError at the first value that decides the run's numbers and differs, for other data, and for
-    what was imported and is no run."""
+    """Raises UserError unless `about` describes this run, so far as its numbers depend on it.
+
+    It does not if the directory holds imported parameters, which are no run, if a setting that affects the
+    numbers differs (the first one is named), or if the data does.
+    """
     if "imported" in about:
         raise UserError(
             f"{config.run_dir} holds parameters from {about['imported']}, expected a run's directory; choose "
@@ -101,7 +104,8 @@ def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -
         for name, new in values.items() if free is not None else ():
             before = about["config"].get(group)
             old = before.get(name) if isinstance(before, dict) else None
-            if (group, name) == ("train", "precision"):  # by device without a flag; then the run keeps it
+            # Without a flag, the device decides the precision, and the run keeps it.
+            if (group, name) == ("train", "precision"):
                 old = about.get("precision", old)
                 new = new or old
             if name not in free and old != new:
@@ -118,9 +122,9 @@ def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -
 
 @contextlib.contextmanager
 def own_run_dir(config: RunConfig, about: dict[str, Any]) -> Iterator[None]:
-    """The run directory, made if need be and with `about` in config.json; no other process gets it meanwhile.
+    """Holds the run directory for this process alone; creates it if need be and puts `about` in config.json.
 
-    Raises UserError where another has it or it cannot be written.
+    Raises UserError if another process holds it or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -140,7 +144,7 @@ def own_run_dir(config: RunConfig, about: dict[str, Any]) -> Iterator[None]:
 
 
 def lock(descriptor: int, run_dir: Path) -> None:
-    """Locks the open directory until it is closed or its process ends. Raises UserError where another has."""
+    """Locks the open directory until it is closed or this process ends; UserError if another has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -153,8 +157,7 @@ def lock(descriptor: int, run_dir: Path) -> None:
 
 
 def describe(config: RunConfig, dataset: Dataset, precision: str) -> dict[str, Any]:
-    """What a reader of a run directory or a checkpoint has to know: config, data, tokenizer, versions,
-    commit."""
+    """What a reader of a run or a checkpoint must know: config, data, tokenizer, versions and commit."""
     return {
         "config": to_json(config),
         "precision": precision,
@@ -172,13 +175,13 @@ def describe(config: RunConfig, dataset: Dataset, precision: str) -> dict[str, A
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The config as JSON would give it back: lists for tuples, strings for paths."""
+    """The config as it comes back from JSON: lists for tuples, strings for paths."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit that this code is at, with a "+" where the tree has changes; None outside a repository."""
+    """The commit that this code is at, with a "+" if the tree has changes; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -46,7 +46,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Hands each record to several trackers, in their order."""
+    """Passes each record to several trackers, in order."""
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
@@ -64,10 +64,11 @@ class Console:
     """Progress for a person: a live line on a terminal, plain lines in a pipe or a file.
 
     On a terminal the last line is rewritten in place, at most ten times a second; everything else stays
-    above. Elsewhere a training record is printed if it is one of the first 10, the last one, 10 s after the
-    last printed one or 1 % of `total_steps` after it: every step of a run of up to 100 steps, and of one with
-    slow steps. `total_steps` is the step at which this run ends. Time left is from the mean of this run's
-    steps after the first, with whatever happened between them. A run goes on when nobody reads it any more.
+    above. Elsewhere a training record is printed if it is one of the first 10 or the last, or if 10 s or 1 %
+    of `total_steps` have passed since the last printed one: that is every step if a run has up to 100 steps,
+    or slow ones. `total_steps` is the step at which this run ends. The time left is estimated from the mean
+    step of this run after the first, including whatever happens between steps. The run goes on even if nobody
+    reads the stream any more.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Console:
         self._first = self._shown = (0, -math.inf)  # step and time of the first record and the last shown
 
     def log(self, record: Record) -> None:
-        """Shows the record; a training record only where it is due."""
+        """Shows the record; a training record only if it is due."""
         if "loss" in record:
             self._log_training(record)
         elif "sample" in record:
@@ -94,12 +95,12 @@ class Console:
             self.message("  ".join([f"step {record['step']}", *values]))
 
     def message(self, text: str) -> None:
-        """Prints `text` as lines of their own, above the live line."""
+        """Prints `text` on lines of its own, above the live line."""
         above = CLEAR_LINE if self._live_line else ""
         self._write(f"{above}{printable(text, self._stream)}\n{self._live_line}")
 
     def close(self) -> None:
-        """Leaves the live line as it is and ends it."""
+        """Ends the live line and leaves it on the terminal."""
         if self._live_line:
             self._write("\n")
         self._live_line = ""
@@ -140,17 +141,17 @@ class Console:
             self._stream.write(text)
             self._stream.flush()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # whoever read is gone, or the terminal is
+            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader or the terminal is gone
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class JsonLines:
-    """Appends each record to a file as one line of JSON, in the file as soon as `log` returns.
+    """Appends each record to a file as one line of JSON, which is in the file once `log` returns.
 
     Numbers keep full precision; NaN and infinities, which JSON lacks, become null. A run that starts at step
-    0 starts the file anew; one that resumes at `from_step` first drops what an earlier run wrote about later
-    steps. Raises UserError where the file cannot be written, or is not one that this class wrote.
+    0 starts the file anew; one that resumes at `from_step` first drops the records of later steps that an
+    earlier run wrote. Raises UserError if the file cannot be written, or is not one that this class wrote.
     """
 
     def __init__(self, path: Path, *, from_step: int) -> None:
@@ -158,13 +159,13 @@ class JsonLines:
             if path.exists():
                 kept = [record for record in read_metrics(path) if from_step and record["step"] <= from_step]
                 _write_atomically(path, "".join(map(_json_line, kept)).encode())
-            self._file = path.open("ab", buffering=0)  # unbuffered: one write a line, so a kill loses none
+            self._file = path.open("ab", buffering=0)  # unbuffered: one write per line, so a kill loses none
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another --run-dir") from error
 
     def log(self, record: Record) -> None:
         line = _json_line(record).encode()
-        while line:  # a disk that is nearly full takes a part of it, and says why at the next one
+        while line:  # a nearly full disk takes only part of it, and the next write raises why
             line = line[self._file.write(line) :]
 
     def close(self) -> None:
@@ -172,13 +173,13 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a file that `JsonLines` wrote; without a last line that a crash has cut short.
+    """The records of a file that `JsonLines` wrote, without a last line that a crash has cut short.
 
-    Raises UserError where another line is not a record, and OSError where the file cannot be read.
+    Raises UserError if any other line is not a record, and OSError if the file cannot be read.
     """
     records = []
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is nothing, or cut
+    for number, line in enumerate(lines[:-1], start=1):  # after the last newline comes nothing, or a cut line
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -192,19 +193,19 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file in one move: whenever the program stops, the old content is there or the new."""
+    """Replaces the file in one move: whenever the program stops, the old or the new content is there."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
 
 
 class WandB:
-    """Sends records to Weights & Biases; what fails there is said in one line and never stops the run.
+    """Sends records to Weights & Biases; a failure there is reported in one line and never stops the run.
 
-    `mode` None takes WANDB_MODE, else online when logged in and offline otherwise. Nothing ever asks for a
-    key. Where online does not start within WANDB_START_TIMEOUT_S, records go to files (offline), which `wandb
-    sync` uploads. The files are in `directory`/wandb. `directory`/wandb_id.txt holds the run's id at W&B, and
-    a run that resumes (`from_step` > 0) goes on under it. `say` takes the line.
+    `mode` None means WANDB_MODE or, if that is not set, online when logged in and offline otherwise. Nothing
+    ever prompts for a key. If online does not start within WANDB_START_TIMEOUT_S, records go to files
+    (offline), which `wandb sync` uploads. Files are in `directory`/wandb; `directory`/wandb_id.txt holds the
+    run's id at W&B, under which a resumed run (`from_step` > 0) continues. `say` prints the line.
     """
 
     def __init__(
@@ -246,7 +247,7 @@ class WandB:
         self._give_up_if(attempt)
 
     def close(self) -> None:
-        """Ends the run at W&B; waits at most WANDB_FINISH_TIMEOUT_S for what is not uploaded yet."""
+        """Ends the run at W&B; waits at most WANDB_FINISH_TIMEOUT_S for uploads to finish."""
         if self._run is None:
             return
         with _Attempt() as attempt:
@@ -255,7 +256,7 @@ class WandB:
         self._run = None
 
     def _try_online(self, start: Callable[..., Any], *, is_required: bool) -> str:
-        """Starts the run online if it can; otherwise why not, where that is worth a word."""
+        """Starts the run online if possible; returns why it could not, or "" if nobody needs to know."""
         if not is_logged_in():
             return " (not logged in: run `wandb login`)" if is_required else ""
         with _Attempt() as attempt:
@@ -264,7 +265,7 @@ class WandB:
             return ""
         import wandb
 
-        wandb.teardown()  # its server process would go on claiming the run's id
+        wandb.teardown()  # or its server process keeps claiming the run's id
         return f" (online failed: {_in_short(attempt.error)})"
 
     def _give_up_if(self, attempt: "_Attempt") -> None:
@@ -274,10 +275,10 @@ class WandB:
 
 
 class _Attempt:
-    """A block of wandb's code that ends, with `error` saying why, where wandb, the network or the disk fails.
+    """A block of wandb's code that just ends, with `error` saying why, if wandb, network or disk fails.
 
-    wandb's errors have no common parent and come from private modules, so they are known by their module's
-    name.
+    wandb's errors have no common base class and come from private modules, so they are recognized by the name
+    of their module.
     """
 
     error: BaseException | None = None
@@ -294,7 +295,7 @@ class _Attempt:
 
 
 def _start_wandb(**arguments: Any) -> Any:
-    """wandb.init without a word on the terminal."""
+    """wandb.init, printing nothing."""
     import wandb
 
     settings = wandb.Settings(
@@ -305,15 +306,14 @@ def _start_wandb(**arguments: Any) -> Any:
 
 
 def is_logged_in() -> bool:
-    """Whether wandb would find a key for its server and so need not ask for one; without the network."""
+    """Whether wandb would find a key for its server and so would not prompt for one; uses no network."""
     import wandb
 
     settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.api_key:
         return True
     server = urlsplit(settings.base_url).netloc
-    # From 0.31 on the public server has a new name, and wandb still takes the key that is filed under the
-    # old.
+    # From wandb 0.31 on the public server has a new name, but a key stored under the old one is still taken.
     servers = {server, "api.wandb.ai"} if settings.base_url == wandb.Settings().base_url else {server}
     places = [
         Path(place).expanduser() for place in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc") if place
