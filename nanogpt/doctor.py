@@ -1,4 +1,4 @@
-"""What is wrong with this machine, or with these machines under torchrun, before a run finds out.
+"""Finds what is wrong with this machine, or under torchrun with all machines, before a run does.
 
     python -m nanogpt.doctor [--data-path data/openwebtext] [--run-dir runs/gpt2_124m]
     torchrun --nproc-per-node=8 -m nanogpt.doctor
@@ -31,9 +31,9 @@ from nanogpt.processes import Team
 from nanogpt.units import format_bytes, format_count
 
 LOW_MEMORY_BYTES, LOW_DISK_BYTES = 2 * 10**9, 20 * 10**9
-"""Under these a run of 124M may not start: its parameters and AdamW state are 1.5 GB, and a checkpoint."""
+"""Below these a run of 124M may not start: its parameters and AdamW state are 1.5 GB, as is a checkpoint."""
 BUSY_GPU = 0.1
-"""Fraction of a GPU's memory that is taken, above which somebody else computes there."""
+"""If more than this fraction of a GPU's memory is taken, somebody else is computing there."""
 CLOCK_SKEW_S = 1.0
 """Clocks are read within some 0.05 s of each other, so less than this may be no skew."""
 
@@ -71,7 +71,7 @@ class Gpu(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What one rank sees, without an opinion."""
+    """What one rank sees, without judging it."""
 
     rank: int
     host: str
@@ -82,9 +82,9 @@ class Facts(NamedTuple):
     bf16_fast: bool
     memory_bytes: int
     disk_bytes: int | None
-    """Free bytes for the run directory; None where it cannot be written."""
+    """Free bytes for the run directory; None if it cannot be written."""
     clock_s: float
-    """Seconds since the epoch, read on all ranks at one moment."""
+    """Seconds since the epoch, read on all ranks at the same moment."""
 
 
 def main() -> None:
@@ -103,10 +103,9 @@ def main() -> None:
 
 
 def preflight(team: Team, device_type: str, run_dir: Path) -> list[Finding]:
-    """What is worth a word in the first second of a distributed run, in a connected team: the same list on
-    every rank.
+    """The findings worth reporting as a distributed run starts: the same list on every rank.
 
-    Raises UserError where a rank does not answer.
+    The team must be connected. Takes about a second. Raises UserError if a rank does not answer.
     """
     found = findings(gather(team, device_type, run_dir))
     team.small_all_reduce(device_type)
@@ -134,8 +133,10 @@ def gather(team: Team, device_type: str, run_dir: Path) -> list[Facts]:
 
 
 def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
-    """What this rank sees: its own GPU, or all where it is alone (each one asked costs memory on it); none
-    where the CPU trains."""
+    """What this rank sees, of GPUs only its own, or all of them if it is alone, or none if the CPU trains.
+
+    Querying a GPU costs memory on it.
+    """
     place, count = team.world, torch.cuda.device_count() if device_type == "cuda" else 0
     indices = range(count) if place.size == 1 else [index for index in [place.local_rank] if index < count]
     here = perf.detect(torch.device("cpu"))
@@ -146,7 +147,7 @@ def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
         gpus.append(Gpu(index, seen.name, capability, seen.bf16_fast, seen.total_bytes, seen.available_bytes))
     existing = next(folder for folder in [run_dir.absolute(), *run_dir.absolute().parents] if folder.exists())
     can_write = existing.is_dir() and os.access(existing, os.W_OK)
-    team.gather("")  # all pass here at one moment, to within a question to the store
+    team.gather("")  # all ranks get past this at the same moment, to within a query to the store
     clock_s = time.time()
     return Facts(
         rank=place.rank,
@@ -163,7 +164,7 @@ def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
 
 
 def versions() -> dict[str, str]:
-    """Of what has to be the same on every machine."""
+    """Versions of whatever has to be the same on every machine."""
     nccl = ".".join(map(str, cuda_nccl.version())) if torch.cuda.is_available() else "none"
     return {
         "nanogpt": nanogpt.__version__,
@@ -188,7 +189,7 @@ def findings(every: Sequence[Facts]) -> list[Finding]:
 
 
 def of_all_ranks(every: Sequence[Facts], texts: Sequence[str]) -> list[Finding]:
-    """What each rank found by itself, as JSON: all that rank 0 found, and where others have found more."""
+    """Merges what each rank found by itself (JSON): all of rank 0's, then what only others found, and who."""
     first, *others = ([Finding(*finding) for finding in json.loads(text)] for text in texts)
     more = [
         finding._replace(text=f"{where(each)}: {finding.text}")
@@ -277,7 +278,7 @@ def disk_findings(every: Sequence[Facts]) -> list[Finding]:
 
 
 def clock_findings(every: Sequence[Facts]) -> list[Finding]:
-    """Whether clocks agree: where not, logs of ranks cannot be put in order, and certificates may fail."""
+    """Whether clocks agree: if not, the ranks' logs cannot be put in order, and certificates may fail."""
     first = every[0]
     odd = [each for each in every if abs(each.clock_s - first.clock_s) > CLOCK_SKEW_S]
     if odd:
@@ -288,7 +289,7 @@ def clock_findings(every: Sequence[Facts]) -> list[Finding]:
 
 
 def compiler_findings(device_type: str) -> list[Finding]:
-    """Whether the compiler is there that torch.compile calls: for its launchers on GPUs, for all on a CPU."""
+    """Whether torch.compile finds the compiler it calls: for launchers on GPUs, for everything on a CPU."""
     names = ["gcc", "clang"] if device_type == "cuda" else ["clang++" if sys.platform == "darwin" else "g++"]
     chosen = os.environ.get("CC" if device_type == "cuda" else "CXX")
     paths = [path for name in ([chosen] if chosen else names) if (path := shutil.which(name))]

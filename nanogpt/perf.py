@@ -1,7 +1,7 @@
 """What a model costs and what this machine can do: parameters, FLOPs, memory, peak rate.
 
-FLOPs follow PaLM (Chowdhery et al. 2022, appendix B), a multiply-add being two. Sizes are in bytes, rates in
-FLOP/s.
+FLOPs follow PaLM (Chowdhery et al. 2022, appendix B): a multiply-add counts as two. Sizes are in bytes, rates
+in FLOP/s.
 """
 
 import math
@@ -19,29 +19,29 @@ from nanogpt.errors import UserError
 from nanogpt.units import format_bytes
 
 USABLE_FRACTION = 0.9
-"""Part of the available memory that a plan may fill; the rest is for fragmentation and the runtime."""
+"""Fraction of the available memory that a plan may fill; the rest is for fragmentation and the runtime."""
 
 SAVED_PER_LAYER = 10
 """Numbers that a block compiled for a CPU keeps for backward, per token and in units of n_embd, in the
 compute dtype: input 1, q k v 3, attention output 1, residual 1, hidden layer before GELU 4."""
 
 SAVED_PER_EAGER_LAYER = 16
-"""What an eager one keeps, and on a GPU any: besides these both norms 2, hidden layer after GELU 4."""
+"""The same for an eager block, and for any block on a GPU: also both norms 2, hidden layer after GELU 4."""
 
 SAVED_FOR_A_SECOND_DERIVATIVE = 12
-"""What an eager one on one device keeps besides: `torch.func.grad` expects to be differentiated itself."""
+"""What an eager block on one device adds: `torch.func.grad` expects to be differentiated itself."""
 
 BYTES_PER_DROPPED, BYTES_PER_EAGERLY_DROPPED = 2, 10
-"""What a block with dropout keeps of an attention probability beside one number (eagerly two): the mask, and
-what comes of drawing it. Fused attention has no dropout, so all T x T of a head exist."""
+"""What a block with dropout keeps per attention probability, in addition to one number (eager: two): the mask
+and by-products of drawing it. Fused attention has no dropout, so each head's T x T matrix exists."""
 BYTES_PER_DRAWN = 8
-"""What the block at work holds of each besides."""
+"""What the block being computed holds per attention probability on top of that."""
 
 NUMBERS_PER_LOGIT = 2
-"""What a compiled chunk of the loss holds, in the compute dtype: the logit and its gradient."""
+"""What a compiled chunk of the loss holds per logit, in the compute dtype: the logit and its gradient."""
 
 BYTES_PER_EAGER_LOGIT = 16
-"""What an eager one holds in any precision: logit, one-hot and two steps of the softmax between, in fp32."""
+"""What an eager chunk holds per logit in any precision: logit, one-hot, two softmax intermediates in fp32."""
 
 
 @runtime_checkable
@@ -87,7 +87,7 @@ def parameter_count(config: Shape, *, positions: bool = True) -> int:
 def flops_per_token(config: Shape, block_size: int) -> int:
     """FLOPs of one token's forward and backward in sequences of `block_size`: 6 N + 12 L H Q T.
 
-    N is without positions; attention counts all T x T pairs, although a causal kernel can skip half of them.
+    N excludes position embeddings. Attention counts all T x T pairs, though a causal kernel can skip half.
     Source: PaLM (Chowdhery et al. 2022), appendix B, as nanoGPT uses it.
     """
     attention = 12 * config.n_layer * config.n_embd * block_size
@@ -184,9 +184,9 @@ def peak_flops(hardware: Hardware, precision: str) -> tuple[float, str]:
 def measured_matmul_flops(device: torch.device, dtype: torch.dtype, *, width: int = 768) -> float:
     """FLOP/s of the MLP's first product, [rows, width] x [width, 4 width]; the best of 5 timings.
 
-    Rows grow from 8 until a product takes 50 ms: emulated bf16 can be 100 times slower than fp32, and what is
-    right for one would take a minute for the other. In all about 0.5 s; 1.5 s where it is emulated. Products
-    are written to the same memory: a CPU with fast bf16 takes as long to be given a new page as to fill it.
+    Rows grow from 8 until a product takes 50 ms: emulated bf16 can be 100 times slower than fp32, so a size
+    that suits one would take a minute with the other. Takes about 0.5 s in all; 1.5 s if bf16 is emulated.
+    Products reuse one buffer, since a CPU with fast bf16 takes as long to obtain a new page as to fill it.
     """
     weight = torch.ones(width, 4 * width, device=device, dtype=dtype)
     rows, seconds = 2, 0.0
@@ -216,16 +216,18 @@ def memory_plan(
 ) -> dict[str, int]:
     """Bytes that a training step needs on one device, by kind, and their "total".
 
-    Parameters, gradients and each of the optimizer's slots (AdamW: two) are fp32; with `accumulation` of more
-    than 1 a microstep's gradients are made beside the sum of those before. Half precision adds a copy
-    of the parameters to compute with; a compiled step on one device copies a block at a time, and keeps the
-    head's. Each of several `shards` keeps its part of these, and the whole parameters and gradients while it
-    computes. Activations are what backward needs of `batch_size` sequences of `block_size` tokens:
-    SAVED_PER_LAYER x n_embd numbers a token and block, without `compile` or on "cuda" SAVED_PER_EAGER_LAYER
-    (eagerly and not on several `shards` SAVED_FOR_A_SECOND_DERIVATIVE as well); one fp32 log-sum-exp a head
-    (no T x T matrix: attention is fused), and the last norm's input and output.
-    With dropout the T x T matrices of all blocks are there, as BYTES_PER_DROPPED and those below it say.
-    Logits are those of one chunk of the loss: NUMBERS_PER_LOGIT, or BYTES_PER_EAGER_LOGIT.
+    Parameters, gradients and each optimizer slot (AdamW has two) are fp32. With `accumulation` above 1, a
+    microstep's gradients exist alongside the sum of the earlier ones. Half precision adds a copy of the
+    parameters to compute with, of which a compiled step on one device keeps only the head's: it copies one
+    block at a time. Each of several `shards` keeps its part of these, and while it computes the whole
+    parameters and gradients.
+
+    Activations are what backward needs of `batch_size` sequences of `block_size` tokens. Per token and block:
+    SAVED_PER_LAYER x n_embd numbers, or without `compile` or on "cuda" SAVED_PER_EAGER_LAYER (when eager on
+    one shard also SAVED_FOR_A_SECOND_DERIVATIVE), and one fp32 log-sum-exp per head (no T x T matrix, since
+    attention is fused). Per token: the last norm's input and output. With dropout the T x T matrices of all
+    blocks exist too, at BYTES_PER_DROPPED and the constants after it. Logits are those of one chunk of the
+    loss, at NUMBERS_PER_LOGIT or, when eager, BYTES_PER_EAGER_LOGIT.
     """
     number = 4 if precision == "float32" else 2
     parameters = 4 * parameter_count(config)
@@ -240,7 +242,7 @@ def memory_plan(
     own = math.ceil(parameters / shards)
     narrow = config.vocab_size * config.n_embd if compile and shards == 1 else parameter_count(config)
     copied = number * narrow if shards > 1 or precision != "float32" else 0
-    summed = parameters if accumulation > 1 and shards == 1 else 0  # FSDP2 adds to what it has
+    summed = parameters if accumulation > 1 and shards == 1 else 0  # FSDP2 accumulates in place
     plan = {
         "parameters": own,
         "optimizer state": optimizer_slots * own,
@@ -268,8 +270,8 @@ def fit_batch_size(
 ) -> int:
     """The largest divisor of `batch_size` whose plan fills at most USABLE_FRACTION of `available_bytes`.
 
-    For a power of two that is halving. A divisor, so that more than the `accumulation` of `batch_size` makes
-    up for it exactly. Raises UserError when one sequence does not fit.
+    For a power of two that means halving. A divisor, so that more `accumulation` makes up for it exactly.
+    Raises UserError if not even one sequence fits.
     """
 
     def total(size: int) -> int:
@@ -356,7 +358,7 @@ def _cpuinfo() -> str:
 
 
 def _read(path: str | Path) -> str:
-    """The file's text; empty where there is none, as on systems other than Linux."""
+    """The file's text; empty if there is none, as on systems other than Linux."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The plan of a run: what will be trained, on what, at what cost, before anything is."""
+"""The plan of a run, before it starts: what will be trained, on what and at what cost."""
 
 from typing import NamedTuple
 
@@ -12,12 +12,12 @@ from nanogpt.units import format_bytes, format_seconds
 
 
 class Plan(NamedTuple):
-    """What a run is made of: its config and what was found for it, all of it checked."""
+    """A run's config, and what was found or chosen for it; all of it has been checked."""
 
     config: RunConfig
     dataset: Dataset
     spec: BatchSpec
-    """With the microsteps that fit the device."""
+    """Its microsteps fit the device."""
     hardware: perf.Hardware
     precision: Precision
     compile: bool
@@ -25,13 +25,13 @@ class Plan(NamedTuple):
     """FLOP/s of the device in `precision`."""
     peak_source: str
     start: int
-    """The step of the checkpoint that it goes on from, 0 without one."""
+    """The step of the checkpoint that the run resumes from; 0 without one."""
     mesh: tuple[int, int] = (1, 1)
-    """Replicas, and processes among which each is divided."""
+    """The number of replicas, and of the processes that each is divided among."""
 
     @property
     def loss_chunk_tokens(self) -> int:
-        """Tokens whose logits exist at a time."""
+        """How many tokens' logits exist at a time."""
         return chunk_tokens_of(self.hardware.device.type, self.precision)
 
     @property
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 
 def plan_text(plan: Plan) -> str:
-    """A table for a person, one subject a line."""
+    """The plan as a table to read, one subject per line."""
     config, spec, dataset, hardware = plan.config, plan.spec, plan.dataset, plan.hardware
     model, max_steps = config.model, config.train.max_steps
     epoch_steps = window_count(len(dataset.train), spec.block_size) / spec.sequences

@@ -10,19 +10,19 @@ import numpy as np
 from nanogpt.tracker import Record, read_metrics
 
 SMOOTH_FROM = 50
-"""Number of training records from which on a moving mean lies over the raw line."""
+"""From this number of training records on, a moving mean is drawn over the raw line."""
 
 
 def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
     """Draws training and validation loss by step from a metrics.jsonl into a PNG, replaced in one move.
 
-    Without records the axes are empty. Raises UserError where the file is not what `JsonLines` wrote.
+    Without records the axes are empty. Raises UserError if the file is not what `JsonLines` wrote.
     """
     from matplotlib.figure import Figure
 
     records = read_metrics(metrics_path)
     train, validation = _points(records, "loss"), _points(records, "val_loss")
-    # `Figure` alone has no window system behind it.
+    # Unlike pyplot, `Figure` needs no window system.
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     if train:
@@ -54,6 +54,6 @@ def moving_mean(values: np.ndarray, *, reach: int) -> np.ndarray:
 
 
 def _points(records: list[Record], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the records that have `name`, without those that were not finite."""
+    """(step, value) of the records that have a finite `name`."""
     found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [(step, value) for step, value in found if math.isfinite(value)]
