@@ -1,4 +1,4 @@
-"""GPT-2's byte pairs, as they lie in the package. Light to import, so that `prepare` can begin with them."""
+"""GPT-2's byte pairs, from the package's own file. Cheap to import, so that `prepare` can begin with them."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -11,14 +11,14 @@ def merges_file() -> bytes:
 
 
 def merges_of(file: bytes) -> list[str]:
-    """The merges in their order: two tokens, a blank between. The file's first line is its version."""
+    """The merges in order: two tokens separated by a blank. Leaves out the file's first line, its version."""
     return file.decode().strip().split("\n")[1:]
 
 
 def byte_alphabet() -> dict[str, int]:
     """The byte that each character of the merges file stands for, in the order of GPT-2's ids 0 to 255.
 
-    Printable bytes of Latin-1 stand for themselves; the rest, in order, for the code points from 256 on.
+    Printable bytes of Latin-1 are written as themselves; the rest, in order, as the code points from 256 on.
     Source: Radford et al. 2019, section 2.2, and the code published with it.
     """
     printable = [byte for first, last in ("!~", "¡¬", "®ÿ") for byte in range(ord(first), ord(last) + 1)]
@@ -27,9 +27,9 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def mergeable_ranks(merges: Sequence[str]) -> dict[bytes, int]:
-    """Bytes of each token to its id: the 256 single bytes, then merge i under id 256 + i."""
+    """The id of each token by its bytes: the 256 single bytes, then merge i with id 256 + i."""
     byte_of = byte_alphabet()
-    apart = "\u0100"  # between merges: no byte's code point, and it encodes to none
+    apart = "\u0100"  # separates merges: outside Latin-1, so no byte is translated to it
     table = str.maketrans({**byte_of, " ": None, "\n": apart})
     tokens = "\n".join([*byte_of, *merges]).translate(table).split(apart)
     return {token.encode("latin-1"): i for i, token in enumerate(tokens)}

@@ -1,5 +1,4 @@
-"""A program's command line: flags to a config, and a mistake of the user to one sentence and exit status
-2."""
+"""A program's command line: flags become a config, a user's mistake one sentence and exit status 2."""
 
 import contextlib
 import io
@@ -16,9 +15,9 @@ Config = TypeVar("Config")
 
 
 def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Config:
-    """A `kind` as the command line changes `default`; `--help` opens with the docstring of the program.
+    """`default`, a `kind`, as changed by the command line; `--help` opens with the program's docstring.
 
-    Raises UserError, as `kind` raised it, for values that do not fit together, and SystemExit (status 2)
+    Raises the UserError that `kind` raises for values that do not fit together, and SystemExit (status 2)
     after tyro has said what is wrong with a flag.
     """
     program = sys.modules["__main__"]
@@ -29,7 +28,7 @@ def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Conf
             prog = f"python -m {module}" if module else None
             return tyro.cli(kind, default=default, prog=prog, description=program.__doc__)
     except SystemExit as stop:
-        # tyro takes a ValueError of a config for its own business and draws a box around it.
+        # tyro catches a config's ValueError and prints it in a box of its own.
         mistake = stop.__context__
         while mistake is not None and not isinstance(mistake, UserError):
             mistake = mistake.__context__
@@ -41,8 +40,10 @@ def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Conf
 
 @contextlib.contextmanager
 def mistakes_in_a_sentence() -> Iterator[None]:
-    """Ends the program with one sentence on stderr and status 2 for a UserError, with status 130 for a
-    Ctrl-C, and with 1 where nobody reads what it prints."""
+    """Ends the program with one sentence on stderr and status 2 for a UserError.
+
+    Ends it with status 130 for a Ctrl-C, and with 1 if nobody reads what it prints any more.
+    """
     try:
         yield
         sys.stdout.flush()
@@ -51,6 +52,6 @@ def mistakes_in_a_sentence() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -20,32 +20,34 @@ class Dataset(NamedTuple):
     train: Tokens
     val: Tokens
     tokenizer: Tokenizer | None
-    """None where neither a manifest nor the size of the vocabulary tells."""
+    """None if neither a manifest nor the vocabulary's size identifies it."""
     hash: str
     note: str
-    """Why it is this folder, where the user has not said so."""
+    """Why this folder was chosen, if the user has not named one."""
 
 
 def open_dataset(config: RunConfig) -> Dataset:
     """The data folder of `config`, opened and checked.
 
-    Raises UserError for a missing folder, for what `open_tokens` and `check_tokens` refuse, and for a prompt
-    of `--sample` that has no token of the model.
+    Raises UserError for a missing folder, for what `open_tokens` and `check_tokens` reject, and for a
+    `--sample.prompt` that is empty or has tokens that the model lacks.
     """
     folder, note = find_folder(config.data.path)
     manifest = read_manifest(folder)
     train, val = (open_split(folder, split, manifest, config) for split in ("train", "val"))
     tokenizer = tokenizer_from(manifest["tokenizer"]) if manifest else None
     if manifest is None and config.model.vocab_size == gpt2().vocab_size:
-        tokenizer = gpt2()  # nanoGPT's folders hold its tokens and do not say so
+        tokenizer = gpt2()  # nanoGPT's folders hold GPT-2's tokens and do not say so
     if tokenizer is not None:
         check_prompt(tokenizer.encode(config.sample.prompt), config)
     return Dataset(folder, train, val, tokenizer, f"{fingerprint(train)}-{fingerprint(val)}", note)
 
 
 def find_folder(path: str | None) -> tuple[Path, str]:
-    """The folder that `--data.path` means, with a note where nothing was said. Raises UserError if it is
-    none."""
+    """The folder that `--data.path` names or, if None, a default, with a note if that is the bundled text.
+
+    Raises UserError if there is no such folder.
+    """
     note = ""
     if path is None:
         path = str(OPENWEBTEXT) if OPENWEBTEXT.is_dir() else "shakespeare"

@@ -1,4 +1,4 @@
-"""A mistake of the user: what was got, what was expected, what to type next."""
+"""A user's mistake: what was found, what was expected, what to type next."""
 
 
 class UserError(ValueError):

@@ -3,9 +3,9 @@
     python -m nanogpt.hf import gpt2 --run-dir runs/openai
     python -m nanogpt.hf export --run-dir runs/gpt2_124m --out exported/gpt2_124m
 
-What was imported is a run directory with one checkpoint, of step 0: `nanogpt.sample` writes text from it, and
-`experiments.finetune --init.run-dir` goes on from it. What was exported is a folder that `from_pretrained` of
-`transformers.GPT2LMHeadModel` reads. Only safetensors are read and written: no file can run code.
+`import` makes a run directory with one checkpoint, of step 0: `nanogpt.sample` writes text from it, and
+`experiments.finetune --init.run-dir` continues from it. `export` makes a folder that `from_pretrained` of
+`transformers.GPT2LMHeadModel` reads. Only safetensors are read and written, so no file can run code.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ CONFIG, TOKENIZER, VOCABULARY = "config.json", "tokenizer.json", "vocab.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TRUNK, EMBEDDING, HEAD = "transformer.", "wte.weight", "lm_head.weight"
 MASKS = (".attn.bias", ".attn.masked_bias")
-"""Constants that older files hold beside the parameters."""
+"""Constants that older files hold in addition to the parameters."""
 SIZES = {
     "vocab_size": "vocab_size",
     "n_positions": "block_size",
@@ -46,7 +46,7 @@ SIZES = {
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
-"""Their name of a size to ours; what their config leaves out is 124M's for both."""
+"""Our name for each of their sizes; a size that their config omits is 124M's, for them as for us."""
 GPT2_AS_PUBLISHED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -56,13 +56,13 @@ GPT2_AS_PUBLISHED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-"""What their config can vary and ours cannot; what it leaves out is the first value."""
+"""The values we support of settings that only their config has; a setting it omits has the first one."""
 
 
 def load_pretrained(folder: Path) -> tuple[Params, GPT2Config]:
-    """Parameters, in float32 on the CPU, and config of a folder that `save_pretrained` wrote, ours or theirs.
+    """Parameters (float32, on the CPU) and config of a folder that `save_pretrained` wrote, ours or theirs.
 
-    Raises UserError where it holds no GPT-2 as OpenAI published it, or files that do not fit each other.
+    Raises UserError unless it holds a GPT-2 as OpenAI published it, in files that fit each other.
     """
     config = config_from(read_json(folder / CONFIG), folder)
     leaves = {name: leaf for file in weight_files(folder) for name, leaf in read_leaves(file).items()}
@@ -82,9 +82,9 @@ def load_pretrained(folder: Path) -> tuple[Params, GPT2Config]:
 def save_pretrained(
     folder: Path, params: Params, config: GPT2Config, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Writes config, parameters and, where it is GPT-2's, the tokenizer, as `transformers` does.
+    """Writes config, parameters and, if it is GPT-2's, the tokenizer, as `transformers` does.
 
-    Raises UserError where `folder` cannot be written or is not empty. What is not whole is not left there.
+    Raises UserError if `folder` cannot be written or is not empty. Leaves no incomplete file there.
     """
     files: dict[str, Any] = {CONFIG: config_for(config, None if tokenizer is None else tokenizer.end_of_text)}
     if tokenizer is not None and tokenizer.name == "gpt2":
@@ -104,13 +104,13 @@ def save_pretrained(
 
 
 def require_empty(folder: Path) -> None:
-    """Raises UserError for a folder with something in it."""
+    """Raises UserError if `folder` has anything in it."""
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty, expected a new folder; choose another --out")
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: GPT2Config) -> dict[str, Any]:
-    """The tokenizer of byte pairs as `transformers.AutoTokenizer` reads it: files of JSON by name."""
+    """The byte-pair tokenizer as `transformers.AutoTokenizer` reads it: the content of JSON files by name."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"normalized": True, "special": True}
     special = {"id": tokenizer.end_of_text, "content": END_OF_TEXT} | flags
     return {
@@ -124,7 +124,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: GPT2Config) -> dict[str, Any]:
 
 
 def config_from(about: dict[str, Any], folder: Path) -> GPT2Config:
-    """Our config for theirs. Raises UserError for what is no GPT-2 as OpenAI published it."""
+    """Our config for theirs. Raises UserError if theirs is not a GPT-2 as OpenAI published it."""
     ours = GPT2Config()
     sizes = {own: about.get(name, getattr(ours, own)) for name, own in SIZES.items()}
     are_numbers = all(type(size) is int and size > 0 for size in sizes.values())
@@ -157,7 +157,7 @@ def config_for(config: GPT2Config, end_of_text: int | None) -> dict[str, Any]:
 
 
 def tokenizer_in(folder: Path, config: GPT2Config) -> Tokenizer | None:
-    """GPT-2's tokenizer, where the model has room for it and the folder has no other; else None."""
+    """GPT-2's tokenizer if the model has room for it and the folder has no other; else None."""
     if config.vocab_size < gpt2().vocab_size:
         return None
     if (folder / TOKENIZER).exists():
@@ -172,7 +172,7 @@ def tokenizer_in(folder: Path, config: GPT2Config) -> Tokenizer | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none."""
+    """The object in a JSON file. Raises UserError if there is none."""
     try:
         value = json.loads(path.read_bytes())  # UTF-8, whatever the locale says
     except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a model's parameters are in: one, or those that an index lists."""
+    """The files that hold a model's parameters: one, or those that an index lists."""
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     file_of = read_json(folder / INDEX).get("weight_map")
@@ -193,7 +193,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_leaves(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises UserError where there is none or it is damaged."""
+    """The tensors of a safetensors file. Raises UserError if there is none or it is damaged."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -204,9 +204,9 @@ def read_leaves(file: Path) -> dict[str, Tensor]:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """A model of the hub as a folder of its cache, named by the commit; a published size is OpenAI's.
+    """A model of the hub, downloaded to a folder of its cache named by the commit; `gpt2` etc. are OpenAI's.
 
-    Raises UserError where there is none that the user can read.
+    Raises UserError if there is none that the user can read, or the hub does not answer.
     """
     repository = f"openai-community/{name}" if name in PUBLISHED_SIZES else name
     try:
@@ -233,13 +233,13 @@ def download(name: str, revision: str | None) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a run directory of a GPT-2 in Hugging Face's format."""
+    """Make a run directory from a GPT-2 in Hugging Face's format."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Folder with config.json and model.safetensors, or a model of the hub, as owner/name; gpt2, gpt2-medium,
     gpt2-large and gpt2-xl are OpenAI's."""
     run_dir: Path
-    """Run directory to make: a new one."""
+    """New run directory to make."""
     revision: str | None = None
     """Commit, branch or tag on the hub; None is the newest commit."""
 

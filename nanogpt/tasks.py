@@ -1,12 +1,12 @@
-"""Published tests of what a model knows: which ending of four is HellaSwag's, which word is LAMBADA's last.
+"""Published tests of what a model knows: HellaSwag's right ending out of four, and LAMBADA's last word.
 
     python -m nanogpt.tasks hellaswag --run-dir runs/gpt2_124m
     python -m nanogpt.tasks lambada --run-dir runs/gpt2_124m --data lambada_test.jsonl --limit 1000
 
-Without `--data` the rows come from the Hugging Face hub. Nothing is trained, and no example is shown first:
-the model reads a text with an ending, and what counts is the loss of the ending's tokens. Published for
-OpenAI's GPT-2 124M, by llm.c, which takes HellaSwag's texts as they stand too: 28.6 %, and 29.6 % by the mean
-loss of a token.
+Without `--data` the rows come from the Hugging Face hub. Nothing is trained, and no examples are shown first:
+the model reads a text with an ending, and only the loss of the ending's tokens counts. On HellaSwag llm.c,
+which also leaves the texts unprocessed, reports 28.6 % for OpenAI's GPT-2 124M, and 29.6 % by the mean loss
+per token.
 """
 
 import glob
@@ -61,14 +61,14 @@ class Score(NamedTuple):
 
 
 def hellaswag_item(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
-    """Source: Zellers et al. 2019. The text and its endings as they stand, a blank between."""
+    """The unprocessed text and its endings, each after a blank. Source: Zellers et al. 2019."""
     endings = [tokenizer.encode(f" {ending}") for ending in row["endings"]]
-    answer = range(len(endings)).index(int(row["label"]))  # a hidden one is -1
+    answer = range(len(endings)).index(int(row["label"]))  # raises for -1, a hidden label
     return Item(tokenizer.encode(row["ctx"]), endings, answer)
 
 
 def lambada_item(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
-    """Source: Paperno et al. 2016. The text up to its last word, and that word with the blank before it."""
+    """The text up to its last word, and that word with the blank before it. Source: Paperno et al. 2016."""
     context, _, word = row["text"].strip().rpartition(" ")
     return Item(tokenizer.encode(context), [tokenizer.encode(f" {word}")], 0)
 
@@ -76,9 +76,9 @@ def lambada_item(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
 def scores(
     params: Params, config: GPT2Config, items: Sequence[Item], *, device: torch.device
 ) -> Iterator[list[Score]]:
-    """The scores of each item's endings, some items at a time.
+    """The scores of each item's endings, computed ITEMS_AT_A_TIME.
 
-    Of a text that is longer than the model's positions the first tokens are left out.
+    The first tokens of a text that has more than the model's positions are left out.
     """
     for start in range(0, len(items), ITEMS_AT_A_TIME):
         batch = items[start : start + ITEMS_AT_A_TIME]
@@ -96,7 +96,7 @@ def scores(
 def rows_of(
     pairs: Sequence[tuple[list[int], list[int]]], block_size: int
 ) -> tuple[Int[Tensor, "E T"], Int[Tensor, "E T"]]:
-    """Inputs and targets, a row for each context and ending; targets are -100 outside of the ending."""
+    """Inputs and targets, a row for each context and ending; targets are -100 outside the ending."""
     texts = [[*context, *ending][-block_size - 1 :] for context, ending in pairs]
     T = min(math.ceil(max(map(len, texts)) / T_MULTIPLE) * T_MULTIPLE, block_size)
     inputs = torch.zeros(len(texts), T, dtype=torch.int64)
@@ -112,7 +112,7 @@ def rows_of(
 def ending_losses(
     params: Params, config: GPT2Config, inputs: Int[Tensor, "E T"], targets: Int[Tensor, "E T"]
 ) -> tuple[Float[Tensor, "E"], Bool[Tensor, "E"]]:
-    """Summed loss of each row's targets in nats, and whether all are the likeliest; -100 is left out."""
+    """Summed loss of each row's targets in nats, and whether all are the likeliest; ignores -100."""
     counts = targets != IGNORED
     features, head = apply_trunk(params, inputs, config)[counts], params["wte.weight"]
     logits = F.linear(features.to(head.dtype), head).float()
@@ -151,7 +151,7 @@ class Task(NamedTuple):
     hub: tuple[str, str]
     """Data set and split."""
     fields: tuple[str, ...]
-    """What a row has."""
+    """The fields of a row that are used."""
     item: Callable[[dict[str, Any], Tokenizer], Item]
     result: Callable[[Sequence[Item], Sequence[Sequence[Score]]], dict[str, float]]
 
@@ -167,7 +167,7 @@ TASKS = {
 def read_rows(task: Task, path: Path | None, limit: int | None) -> list[dict[str, Any]]:
     """The first `limit` rows of a file of JSON lines, compressed or not, or else of the hub's data set.
 
-    Raises UserError where they cannot be read or lack a field.
+    Raises UserError if they cannot be read or lack a field.
     """
     name, split = task.hub if path is None else (str(path), "train")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is in the exception
@@ -180,8 +180,8 @@ def read_rows(task: Task, path: Path | None, limit: int | None) -> list[dict[str
     except (
         OSError,
         ValueError,
-        RuntimeError,  # of a data set that is a program
-        StopIteration,  # of an empty file
+        RuntimeError,  # for a data set that is a program
+        StopIteration,  # for an empty file
         httpx2.HTTPError,
         datasets.exceptions.DatasetsError,
     ) as error:
@@ -201,7 +201,7 @@ def read_rows(task: Task, path: Path | None, limit: int | None) -> list[dict[str
 def make_items(
     task: Task, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer, block_size: int
 ) -> list[Item]:
-    """What is to be scored. Raises UserError where a row is not what it should be, or too long to score."""
+    """The items to score. Raises UserError if a row is not what it should be, or too long to score."""
     items = []
     for number, row in enumerate(rows, 1):
         try:
@@ -231,7 +231,7 @@ class TaskCommand:
     data: Path | None = None
     """File of JSON lines, plain or compressed, with ctx, endings and label, or text. None takes the hub's."""
     limit: int | None = None
-    """Rows to take, the first ones, at least 1; None takes all."""
+    """Number of rows to take from the beginning, at least 1; None takes all."""
     device: Literal["cuda", "cpu"] | None = None
     """None takes the GPU where there is one."""
     precision: Precision | None = None
@@ -245,9 +245,9 @@ class TaskCommand:
 
 
 def placed(params: Params, device: torch.device, precision: Precision) -> Params:
-    """`params` on the device, what blocks multiply in `precision`.
+    """`params` on the device, with all but the embeddings in `precision`.
 
-    The embeddings stay as they are: OpenAI's logits are so far from 0 that bfloat16 has steps of 0.5 there.
+    The embeddings keep their dtype: OpenAI's logits are so far from 0 that bfloat16 has steps of 0.5 there.
     """
     return {
         name: leaf.to(device, leaf.dtype if name in EMBEDDINGS else DTYPES[precision])
@@ -256,14 +256,14 @@ def placed(params: Params, device: torch.device, precision: Precision) -> Params
 
 
 def in_words(name: str, value: float, count: int) -> str:
-    """A value of a result; a share of `count` items in per cent, with its standard error."""
+    """A result's value as text; a share of `count` items in per cent, with its standard error."""
     if not name.startswith("accuracy"):
         return f"{value:.1f}"
     return f"{100 * value:.1f} +- {100 * math.sqrt(value * (1 - value) / count):.1f} %"
 
 
 def main(wanted: TaskCommand) -> None:
-    """Prints how many are right, and then the same as one line of JSON."""
+    """Prints the result as a table, and then as one line of JSON."""
     task = TASKS[wanted.task]
     params, about = load_params(wanted.run_dir / CHECKPOINTS)
     config, tokenizer = GPT2Config(**about["config"]["model"]), tokenizer_from(about["tokenizer"])

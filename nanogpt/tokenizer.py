@@ -17,7 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_VOCAB_SIZE = 2**16
 """Token files hold uint16."""
 BLANK = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-"""Unicode's White_Space, which `\\s` is to tiktoken."""
+"""Unicode's White_Space, which is what `\\s` matches in tiktoken."""
 
 
 @runtime_checkable
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int | None:
-        """The id that stands after every document; None where documents follow each other without a sign."""
+        """The id that follows every document; None if nothing marks where a document ends."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -42,11 +42,11 @@ class Tokenizer(Protocol):
         ...
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an array of uint16, without a Python object for each of them."""
+        """The same ids as an array of uint16, without creating a Python object for each."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; bytes that are no character, as where an id sequence is cut, become U+FFFD."""
+        """Text of `ids`; bytes that are not a character, as at the ends of a cut sequence, become U+FFFD."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -59,9 +59,9 @@ class BytePairs:
     """GPT-2's tokenizer, as tiktoken computes it; its tables are built when they are first needed."""
 
     merges: tuple[str, ...]
-    """Lines of the merges file, in their order."""
+    """Lines of the merges file, in order."""
     sha256: str
-    """Of that file."""
+    """Hash of that file."""
     name: str = "gpt2"
 
     @functools.cached_property
@@ -89,7 +89,7 @@ class BytePairs:
             return self._encode(text)
         except UnicodeEncodeError:
             return self.encode_array(without_surrogates(text))
-        except ValueError:  # tiktoken goes back over blanks before a word, and no further than a million
+        except ValueError:  # tiktoken backtracks over blanks before a word, but at most a million
             return np.concatenate([self._encode(piece) for piece in cut_in_blanks(text)])
 
     def _encode(self, text: str) -> np.ndarray:
@@ -142,7 +142,7 @@ class Characters:
 
 @functools.cache
 def gpt2() -> Tokenizer:
-    """GPT-2's tokenizer: 50,257 ids, the last of them end of text. One for the process."""
+    """GPT-2's tokenizer: 50,257 ids, the last of them end of text. One instance per process."""
     file = merges_file()
     return BytePairs(tuple(merges_of(file)), hashlib.sha256(file).hexdigest())
 
@@ -150,7 +150,7 @@ def gpt2() -> Tokenizer:
 def characters(text_or_alphabet: str) -> Tokenizer:
     """A tokenizer of the distinct characters of `text_or_alphabet`, numbered by code point.
 
-    Raises UserError where there are none, or more than a uint16 can number.
+    Raises UserError if there are none, or more than a uint16 can number.
     """
     alphabet = "".join(sorted(set(without_surrogates(text_or_alphabet))))
     if not 0 < len(alphabet) <= MAX_VOCAB_SIZE:
@@ -162,7 +162,7 @@ def characters(text_or_alphabet: str) -> Tokenizer:
 
 
 def tokenizer_from(description: dict[str, Any] | None) -> Tokenizer:
-    """The tokenizer that `describe` described. Raises UserError where this program has no such tokenizer."""
+    """The tokenizer that `describe` described. Raises UserError if this program has no such tokenizer."""
     match description:
         case None:
             raise UserError(
@@ -187,9 +187,9 @@ def tokenizer_from(description: dict[str, Any] | None) -> Tokenizer:
 
 
 def cut_in_blanks(text: str) -> list[str]:
-    """`text` in pieces whose ids, one after the other, are its own: cut where GPT-2's pattern always cuts.
+    """`text` in pieces whose concatenated ids are those of `text`: cut where GPT-2's pattern always cuts.
 
-    That is before the last of several blanks, which goes with the word after it.
+    That is before the last of several blanks, which belongs to the word after it.
     """
     return re.split(f"(?<=[{BLANK}])(?=[{BLANK}][^{BLANK}])", text)
 
