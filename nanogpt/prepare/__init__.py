@@ -1,4 +1,4 @@
-"""Text to token files: train.bin, val.bin and the manifest that says what they are.
+"""Text to token files: train.bin, val.bin and the manifest that describes them.
 
-Nothing is imported here: `python -m nanogpt.prepare` starts its workers' server before all that is heavy.
+Imports nothing, so that `python -m nanogpt.prepare` can start its workers' server before any heavy import.
 """

@@ -1,4 +1,4 @@
-"""`python -m nanogpt.prepare`: text to token files, and a look at what is there."""
+"""`python -m nanogpt.prepare`: turns text into token files, and verifies or shows finished ones."""
 
 import argparse
 import difflib
@@ -41,7 +41,7 @@ LOOKS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command line; the exit status."""
+    """Runs the command line and returns the exit status."""
     command, *rest = arguments or [""]
     try:
         if command in LOOKS:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
             config = parse(arguments)
             report(config.out, prepared(config), "ready")
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except UserError as error:
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
 
 
 def prepared(config: PrepareConfig) -> Manifest:
-    """What `build.prepare` returns, while the workers' server starts beside its imports."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more would spin while they wait for products
+    """What `build.prepare` returns; the workers' server starts while that is being imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # more threads would spin while waiting for products
     start_server(choose_engine(config.engine, config.tokenizer))
     from nanogpt.prepare.build import prepare
 
@@ -72,7 +72,7 @@ def prepared(config: PrepareConfig) -> Manifest:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are a sentence and no table of flags."""
+    """A parser that reports a mistake in one sentence, without a table of flags."""
 
     def error(self, message: str) -> NoReturn:
         hint = ""
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}, expected what `{self.prog} --help` lists{hint}")
 
     def parse(self, arguments: list[str]) -> dict[str, Any]:
-        """The flags by name. Raises UserError with the nearest flag for one that is unknown."""
+        """The flags by name. Raises UserError for an unknown flag, suggesting the nearest one."""
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             flags = [f"--{name.replace('_', '-')}" for name in vars(parsed) if name != "source"]
@@ -249,5 +249,5 @@ def show(folder: Path, manifest: Manifest, looks: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    gc.freeze()  # or all that was imported is searched for garbage before the process ends
+    gc.freeze()  # or all imports are searched for garbage before the process ends
     sys.exit(status)

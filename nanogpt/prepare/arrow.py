@@ -1,4 +1,4 @@
-"""Parquet and zstandard through pyarrow: the edge that only sources of these kinds load."""
+"""Parquet and zstandard through pyarrow, imported only for sources of these kinds."""
 
 import functools
 import io
@@ -25,7 +25,7 @@ from nanogpt.prepare.readers import (
 HUB = "hf://"
 READ_ERRORS = (pyarrow.ArrowException, EOFError, OSError, httpx2.HTTPError)
 BATCH_ROWS = 64
-"""Rows in memory at once: few, because a row may be a book; for pages faster than 256 or 1,000."""
+"""Rows in memory at once: few, because a row may be a book; for pages also faster than 256 or 1,000."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Rows:
 
 
 def row_parts(name: str, part_bytes: int, cached: bool) -> Iterator[tuple[Part, int]]:
-    """Parts of a parquet file with about `part_bytes` of uncompressed rows, each with its own bytes."""
+    """Parts of a parquet file, each about `part_bytes` of uncompressed rows, and their sizes in the file."""
     try:
         metadata = open_parquet(name, cached).metadata
     except READ_ERRORS as error:
@@ -68,7 +68,7 @@ def row_parts(name: str, part_bytes: int, cached: bool) -> Iterator[tuple[Part, 
 
 
 def column_values(part: Rows, column: str) -> Iterator[Any]:
-    """The values of `column` in `part`; a `Bad` where the file has no such column or is damaged."""
+    """The values of `column` in `part`; a `Bad` if the file has no such column or is damaged."""
     place, row = part.name, part.first_row
     try:
         file = open_parquet(part.name, part.cached)
@@ -84,16 +84,16 @@ def column_values(part: Rows, column: str) -> Iterator[Any]:
 
 
 def unreadable(name: str, error: BaseException, place: str) -> Bad:
-    """What is wrong with the file. Raises where the file may be sound: the hub or the disk went away."""
+    """What is wrong with the file. Raises if the file may be sound, but the hub or the disk went away."""
     if name.startswith(HUB) and not isinstance(error, pyarrow.ArrowException | EOFError):
         raise hub_unreachable(name, error) from error
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-    return damaged(place, error)  # without a number, pyarrow's OSError is bytes that do not decompress
+    return damaged(place, error)  # pyarrow's OSError without a number means bytes that do not decompress
 
 
 def python_values(values: pyarrow.Array) -> list[Any]:
-    """Python values; bytes in the place of texts where one is not UTF-8, which pyarrow never checks."""
+    """Python values; bytes instead of texts if one is not UTF-8, which pyarrow never checks."""
     try:
         return values.to_pylist()
     except UnicodeDecodeError:
@@ -107,14 +107,14 @@ def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
 
 @functools.lru_cache(maxsize=2)
 def open_hub_parquet(name: str, cached: bool) -> pq.ParquetFile:
-    """Kept open, because asking the hub for a file again and again takes longer than reading a part of it."""
+    """A file on the hub, kept open: asking the hub for it again takes longer than reading a part of it."""
     from nanogpt.prepare import hub
 
     return pq.ParquetFile(hub.open_file(name, cached), pre_buffer=True)
 
 
 def open_zstandard(raw: io.BufferedIOBase) -> io.BufferedIOBase:
-    """The uncompressed bytes of `raw`; damaged ones raise EOFError, as the standard library has it."""
+    """The uncompressed bytes of `raw`; damage raises EOFError, as in the standard library."""
     return io.BufferedReader(_Zstandard(raw))
 
 

@@ -1,4 +1,4 @@
-"""The whole of it: find the source, make its shards, draw the validation documents, write the folder."""
+"""All of `prepare`: find the source, make its shards, draw the validation documents, write the folder."""
 
 import hashlib
 import json
@@ -45,11 +45,11 @@ from nanogpt.tokenizer import Tokenizer, characters, gpt2
 from nanogpt.units import format_bytes
 
 BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
-"""Of English text; for the check of disk space."""
+"""Of English text, for the check of disk space."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Write `train.bin`, `val.bin` and `manifest.json` to `config.out`, or find them there, made before.
+    """Write `train.bin`, `val.bin` and `manifest.json` to `config.out`, unless they are already there.
 
     The bytes depend on the source, the tokenizer and the settings in the manifest; not on the number of
     workers, the engine, or how often the run was interrupted. Raises UserError for every mistake of the user.
@@ -64,7 +64,7 @@ def prepare(config: PrepareConfig) -> Manifest:
 
 
 def prepare_files(config: PrepareConfig) -> Manifest:
-    """The same, while an OSError is one of the output: all that read the source raise UserError."""
+    """The same, but an OSError means that the output failed: whatever reads the source raises UserError."""
     source = find_source(config.source, with_known_revision(config))
     check_flags(config, source)
     settings = settings_of(config, source)
@@ -91,14 +91,14 @@ def prepare_files(config: PrepareConfig) -> Manifest:
         files = assemble(records, validates, journal.folder, config.out)
         manifest = manifest_of(source, tokenizer, settings, records, files)
         for stale in config.out.glob(".manifest.json.*"):
-            stale.unlink()  # of a process that was killed while it wrote
+            stale.unlink()  # left by a process that was killed while writing
         write_manifest(config.out, manifest)
         journal.remove()
     return manifest
 
 
 def check_flags(config: PrepareConfig, source: Source) -> None:
-    """Raises UserError at a flag that is set and means nothing for `source`."""
+    """Raises UserError for a flag that is set but means nothing for `source`."""
     usual = PrepareConfig(source=config.source, out=config.out)
     values, defaults = ({**vars(each), **vars(each.options)} for each in (config, usual))
     for name, (needed, kinds) in NEEDS.items():
@@ -110,10 +110,10 @@ def check_flags(config: PrepareConfig, source: Source) -> None:
 
 
 def job_settings(source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the shards depend on: those of another job cannot be continued.
+    """What the shards depend on: a run can only continue the shards of an equal job.
 
-    Which documents validate is decided afterwards, except of a single text; a finished shard without bad
-    documents is the same with and without `--skip-bad`.
+    Which documents validate is decided later, except for a single text; and a finished shard without bad
+    documents is the same with or without `--skip-bad`.
     """
     free = {"source_bytes", "skip_bad"} | (
         set() if source.tail is not None else {"val_fraction", "split_seed"}
@@ -129,7 +129,7 @@ def in_brackets(skipped: dict[str, int]) -> str:
 
 
 def with_known_revision(config: PrepareConfig) -> Options:
-    """The options with the commit that an earlier call in this folder found, where none is asked for."""
+    """The options; if they name no revision, with the commit that an earlier call in this folder found."""
     if config.options.revision is not None:
         return config.options
     job = read_job(config.out)
@@ -161,9 +161,9 @@ def settings_of(config: PrepareConfig, source: Source) -> dict[str, Any]:
 
 
 def finished_manifest(config: PrepareConfig, source: Source, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of an earlier call with the same settings; None where the folder is free.
+    """The manifest of an earlier call with the same settings; None if the folder is free.
 
-    Raises UserError where other data lies there, because nothing is ever overwritten.
+    Raises UserError if other data is there, because nothing is ever overwritten.
     """
     held = [name for name in ("manifest.json", *map(file_name, SPLITS)) if (config.out / name).exists()]
     unfinished = read_job(config.out) is not None
@@ -193,7 +193,7 @@ def finished_manifest(config: PrepareConfig, source: Source, settings: dict[str,
 
 
 def check_disk(config: PrepareConfig, source: Source) -> None:
-    """Raises UserError where the shards and the files made from them, which exist together, would not fit."""
+    """Raises UserError if the shards plus the files made from them, which exist together, would not fit."""
     if source.text_bytes is None or config.limit is not None:
         return
     needed = 2 * 2 * source.text_bytes / BYTES_PER_TOKEN[config.tokenizer]
@@ -225,7 +225,7 @@ def characters_of(source: Source, config: PrepareConfig) -> Tokenizer:
 
 
 def encode(config: PrepareConfig, source: Source, tokenizer: Tokenizer, journal: Journal) -> list[Record]:
-    """Records of all shards that are needed, in order; what the journal lacks is made and noted there."""
+    """Records of all shards that are needed, in order; makes and notes those that the journal lacks."""
     job = Job(
         folder=str(journal.folder),
         tokenizer=json.dumps(tokenizer.describe()),
@@ -250,7 +250,7 @@ def encode(config: PrepareConfig, source: Source, tokenizer: Tokenizer, journal:
 
 
 def encode_with(job: Job, config: PrepareConfig, source: Source, journal: Journal) -> list[Record]:
-    """The same, by one engine. Raises UserError at the first bad document that is needed."""
+    """The same, with one engine. Raises UserError at the first bad document that is needed."""
     progress = Progress(source.source_bytes, engine=job.engine, kept=journal.records)
     workers = config.workers or usable_cores()
     records: list[Record] = []
@@ -272,9 +272,10 @@ def encode_with(job: Job, config: PrepareConfig, source: Source, journal: Journa
 
 
 def assemble(records: list[Record], validates: np.ndarray, folder: Path, out: Path) -> "dict[str, TokenFile]":
-    """The token files in `out`, by rename, from the shards in `folder`; val.bin has what `validates`.
+    """Makes the token files in `out` from the shards in `folder`; val.bin gets the documents in `validates`.
 
-    Documents keep the order of the source; there may be more in the last shard than `validates` speaks of.
+    Documents keep the order of the source; the last shard may hold more of them than `validates` covers. Each
+    file gets its name by rename, once it is complete.
     """
     start = 0
     with ThreadPoolExecutor(2 * len(SPLITS)) as helpers:  # a hash and a flush for each file
@@ -294,7 +295,7 @@ def assemble(records: list[Record], validates: np.ndarray, folder: Path, out: Pa
 
 
 def ids_where(ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The ids of the `wanted` documents, copied run by run; or all of them, as they are."""
+    """The ids of the `wanted` documents, copied run by run; `ids` itself if all are wanted."""
     if wanted.all():
         return ids
     edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))  # starts and ends of runs, in turn
@@ -303,7 +304,7 @@ def ids_where(ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray) -> np.nd
 
 
 class TokenFile:
-    """A token file that grows, with what the manifest says about it; hashed and flushed by `helpers`."""
+    """A token file being written, with what the manifest says about it; `helpers` hash and flush it."""
 
     def __init__(self, path: Path, helpers: ThreadPoolExecutor) -> None:
         self._path = path
@@ -318,7 +319,7 @@ class TokenFile:
         self._file.write(ids.data)
         if self._sent is None or self._sent.done():
             self._check_sent()
-            sync = getattr(os, "fdatasync", os.fsync)  # macOS has the slower one alone
+            sync = getattr(os, "fdatasync", os.fsync)  # macOS only has the slower one
             self._sent = self._helpers.submit(sync, self._file.fileno())
         self.tokens += ids.size
         self.documents += documents
@@ -326,7 +327,7 @@ class TokenFile:
         hashed.result()
 
     def _check_sent(self) -> None:
-        """Raises what the disk had to say, which it says once."""
+        """Raises the error of the last flush, if any: the system reports it only once."""
         if self._sent is not None:
             self._sent.result()
 
@@ -335,7 +336,7 @@ class TokenFile:
         return self._digest.hexdigest()
 
     def move_to(self, path: Path) -> None:
-        """Complete, on the disk, and only then under its name."""
+        """Renames the file to `path`, once it is complete and on the disk."""
         self._file.flush()
         self._check_sent()
         os.fsync(self._file.fileno())
@@ -344,10 +345,10 @@ class TokenFile:
 
 
 def validation_mask(documents: int, *, fraction: float, seed: int | None) -> np.ndarray:
-    """For each document in the order of the source, whether it validates; `seed` None: all but the first.
+    """Whether each document, in source order, validates; if `seed` is None, all but the first do.
 
-    A draw is that of `train_test_split(test_size=fraction, seed=seed, shuffle=True)` of `datasets`: the first
-    ceil(fraction x documents) of a permutation. Raises UserError where no document is left to train on.
+    The draw is that of `train_test_split(test_size=fraction, seed=seed, shuffle=True)` of `datasets`: the
+    first ceil(fraction x documents) of a permutation. Raises UserError if no document is left to train on.
     """
     mask = np.zeros(documents, bool)
     if seed is None:

@@ -23,7 +23,7 @@ from nanogpt.tokenizer import Tokenizer, characters, gpt2
 
 SHAKESPEARE = "shakespeare"
 TAIL_FRACTION = 0.1
-"""The last tenth of a single text validates, as nanoGPT holds out of its Shakespeare."""
+"""The last tenth of a single text validates, as nanoGPT holds it out of its Shakespeare."""
 
 
 def cache_directory() -> Path:
@@ -36,10 +36,10 @@ def cache_directory() -> Path:
 def ensure_bundled(tokenizer_name: str = "gpt2") -> Path:
     """A folder with `train.bin`, `val.bin` and `manifest.json` of the bundled Shakespeare, made on first use.
 
-    It lies in the cache directory under a name with the hash of text, tokenizer and format, so the folder
-    of another version is never mistaken for it; one whose files have not the sizes of its manifest is made
-    again. Each file appears by rename and its bytes never vary, so several processes may do this at once.
-    Raises UserError for an unknown tokenizer and where the cache directory cannot be written.
+    It is in the cache directory under a name with a hash of text, tokenizer and format, so the folder of
+    another version is never mistaken for it; a folder whose files do not have the sizes in its manifest is
+    made again. Each file appears by rename and its bytes never vary, so several processes may do this at
+    once. Raises UserError for an unknown tokenizer, and if the cache directory cannot be written.
     """
     text = bundled_text()
     tokenizer = tokenizer_named(tokenizer_name, text)
@@ -94,7 +94,7 @@ def bundled_text() -> str:
 
 
 def tokenizer_named(name: str, text: str) -> Tokenizer:
-    """The tokenizer of `--tokenizer name`; that of characters knows those of `text`."""
+    """The tokenizer that `--tokenizer` calls `name`; char knows the characters of `text`."""
     match name:
         case "gpt2":
             return gpt2()

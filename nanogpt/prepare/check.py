@@ -23,10 +23,10 @@ SHOWN_TOKENS = 120
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, once everything in it is found to be true of the files.
+    """The manifest, once everything in it has been checked against the files.
 
-    Raises UserError at the first thing that is not: sizes, hashes, the tokenizer, ids below its vocabulary
-    size, the largest id, and an end of text for each document, the last of them at the end.
+    Raises UserError at the first thing that is wrong: the tokenizer, sizes, hashes, ids below the vocabulary
+    size, the largest id, or an end of text for each document, the last of them at the end.
     """
     manifest = read_manifest(folder)
     tokenizer = tokenizer_from(manifest.tokenizer)
@@ -68,13 +68,13 @@ class Look:
     documents: int
     tokens: int
     length_percentiles: dict[int, int]
-    """Tokens of a document, its end included, by percentile; empty where no end of text marks documents."""
+    """Tokens of a document, its end included, by percentile; empty if no end of text marks documents."""
     samples: list[str]
     """The beginnings of some documents, spread over the split."""
 
 
 def inspect(folder: Path, samples: int = 3) -> tuple[Manifest, dict[str, Look]]:
-    """What lies in `folder`. Raises UserError where it is not a prepared folder of the manifest's sizes."""
+    """What is in `folder`. Raises UserError unless it is a prepared folder with the manifest's sizes."""
     manifest = read_manifest(folder)
     if not has_expected_sizes(folder, manifest):
         raise UserError(
@@ -101,7 +101,7 @@ def look_at(path: Path, manifest: Manifest, split: str, samples: int) -> Look:
 
 
 def token_ids(path: Path) -> np.ndarray:
-    """The ids of a token file, mapped."""
+    """The ids of a token file, memory-mapped."""
     return np.memmap(path, "<u2", "r") if path.stat().st_size else np.empty(0, "<u2")
 
 
@@ -110,5 +110,5 @@ def chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def numbered_chunks(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Pieces that fit in memory, each with the place of its first id."""
+    """Pieces that fit in memory, each with the index of its first id."""
     return ((start, ids[start : start + CHUNK_TOKENS]) for start in range(0, ids.size, CHUNK_TOKENS))

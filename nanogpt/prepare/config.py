@@ -1,4 +1,4 @@
-"""What a run of `prepare` is told. Light to import, so that the command can start its workers early."""
+"""The settings of a `prepare` run. Cheap to import, so that the command can start its workers early."""
 
 import importlib.util
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ from nanogpt.errors import UserError
 
 TOKENIZERS = ("gpt2", "char")
 ENGINES = ("tiktoken", "fastokens")
-"""What encodes GPT-2's tokens."""
+"""The libraries that can encode GPT-2's tokens."""
 SPLIT_FRACTION, SPLIT_SEED = 0.0005, 2357
-"""nanoGPT's for OpenWebText; whence its 4,007 validation documents."""
+"""nanoGPT's values for OpenWebText, which give its 4,007 validation documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a source is to be read, as the flags of the same names say."""
+    """How to read a source; each field is the flag of that name."""
 
     revision: str | None = None
     config: str | None = None
@@ -32,7 +32,7 @@ class PrepareConfig:
     source: str
     out: Path
     workers: int | None = None
-    """Processes; None is one for each core that this process may use."""
+    """Number of processes; None is one for each core that this process may use."""
     tokenizer: str = "gpt2"
     text_column: str = "text"
     split_seed: int = SPLIT_SEED
@@ -69,7 +69,7 @@ class PrepareConfig:
 
 
 def choose_engine(wanted: str, tokenizer_name: str) -> str:
-    """The engine of `--engine wanted`: for `auto` the fastest that is installed and knows the tokenizer."""
+    """The engine that `--engine wanted` means: `auto` is the fastest installed one that has the tokenizer."""
     if wanted != "auto":
         return wanted
     installed = tokenizer_name == "gpt2" and importlib.util.find_spec("fastokens") is not None

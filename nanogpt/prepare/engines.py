@@ -1,4 +1,4 @@
-"""What turns documents into ids: tiktoken, the reference, or fastokens where it is installed and equal."""
+"""What turns documents into ids: tiktoken, the reference, or fastokens if it is installed and agrees."""
 
 import functools
 import itertools
@@ -12,12 +12,12 @@ from nanogpt.prepare.fast import fastokens_tokenizer
 from nanogpt.tokenizer import Tokenizer, tokenizer_from, without_surrogates
 
 SAMPLE_FRACTION = 0.002
-"""Of the characters of each batch, encoded again by tiktoken."""
+"""Fraction of each batch's characters that tiktoken encodes again as a check."""
 FIRST_CHARACTERS = 1 << 17
-"""And at least so many of the first one."""
+"""How many characters of the first batch it encodes again, at least."""
 
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
-"""Texts to their ids, one after the other as uint16, and the number of ids of each as int64."""
+"""Maps texts to their concatenated ids (uint16) and the number of ids of each (int64)."""
 
 
 class Sample(NamedTuple):
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 class EnginesDifferError(Exception):
-    """A faster tokenizer gave other ids than tiktoken, or none: the run has to begin again with tiktoken."""
+    """A faster tokenizer gave other ids than tiktoken, or none: the run has to start over with tiktoken."""
 
 
 def encoder(engine: str, tokenizer: str) -> Encode:
@@ -46,9 +46,10 @@ def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray,
 
 
 def sample_of(texts: Sequence[str], turn: int) -> list[str]:
-    """What tiktoken has to encode as well of a batch: of the first one (`turn` 0) the first documents whole.
+    """The part of a batch that tiktoken encodes as well: of the first (`turn` 0), its first documents whole.
 
-    Of the others a piece of one of the texts, SAMPLE_FRACTION of all characters; `turn` says which and where.
+    Of every other batch, a piece of one text with SAMPLE_FRACTION of the batch's characters; `turn` selects
+    the text and the place in it.
     """
     size = max(1, int(sum(map(len, texts)) * SAMPLE_FRACTION))
     if turn == 0:
@@ -60,14 +61,14 @@ def sample_of(texts: Sequence[str], turn: int) -> list[str]:
 
 
 def check_sample(sample: Sample, reference: Tokenizer) -> None:
-    """Raises EnginesDifferError where the ids, and so the engine they are of, are not the reference's."""
+    """Raises EnginesDifferError if the sample's ids are not those of the reference."""
     ids, lengths = encode_each(reference, sample.texts)
     if not (np.array_equal(ids, sample.ids) and np.array_equal(lengths, sample.lengths)):
         raise EnginesDifferError("other ids for the same text")
 
 
 def fastokens_encoder() -> Encode:
-    """fastokens, as fast as it is from Python."""
+    """fastokens, called in the way that is fastest from Python."""
     fast = fastokens_tokenizer()
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +76,7 @@ def fastokens_encoder() -> Encode:
             ids, offsets = fast.encode_batch_flat(list(texts))
         except UnicodeEncodeError:
             ids, offsets = fast.encode_batch_flat([without_surrogates(text) for text in texts])
-        except (ValueError, RuntimeError) as error:  # a limit of its own: the reference has none
+        except (ValueError, RuntimeError) as error:  # a limit that the reference does not have
             raise EnginesDifferError(str(error)) from error
         lengths = np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
         return np.frombuffer(ids, np.uint32).astype(np.uint16), lengths

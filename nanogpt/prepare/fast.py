@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer in fastokens. Light to import, so that it is built beside the imports of what uses it."""
+"""GPT-2's tokenizer in fastokens. Cheap to import, so that it can be built while its users are imported."""
 
 import functools
 import os
@@ -11,11 +11,11 @@ from nanogpt.byte_pairs import hugging_face_tokenizer
 
 @functools.cache
 def fastokens_tokenizer() -> Any:
-    """A `fastokens.Tokenizer` for one core; built once in a process."""
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # RAYON_NUM_THREADS of 1 leaves it two
+    """A `fastokens.Tokenizer` for one core, built once per process."""
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # with RAYON_NUM_THREADS=1 it would still use two
     import fastokens
 
-    # As ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
+    # Built from ranks and a pattern, the same tokenizer would miss the fast path for byte-level models.
     return fastokens.Tokenizer.from_json_str(tokenizer_json())
 
 

@@ -1,4 +1,4 @@
-"""Data sets on the hub, through `datasets`: parquet files at a fixed commit, and no code of theirs."""
+"""Data sets on the hub, through `datasets`: parquet files at a fixed commit; none of their code is run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,8 @@ class HubFiles:
 def find_files(name: str, *, revision: str | None, config: str | None, split: str) -> HubFiles:
     """The files of `name` at `revision`, a commit, tag or branch; None is the newest commit.
 
-    Raises UserError where the hub cannot be reached, where there is no such data set, configuration or split,
-    and where it is not made of parquet files.
+    Raises UserError if the hub cannot be reached, if there is no such data set, configuration or split, or if
+    it does not consist of parquet files.
     """
     try:
         info = HfApi().dataset_info(name, revision=revision, files_metadata=True)
@@ -41,7 +41,7 @@ def find_files(name: str, *, revision: str | None, config: str | None, split: st
             "expected owner/name; check the spelling and --revision, or log in with `hf auth login`"
         ) from error
     except (DataFilesNotFoundError, ValueError, RuntimeError) as error:
-        # no files of data; an unknown configuration, or none where there are several; a loading script
+        # no data files; an unknown configuration, or none named though there are several; a loading script
         raise UserError(
             f"cannot use {name} ({first_line(error)}), expected parquet files; set --config or name another"
         ) from error

@@ -1,4 +1,4 @@
-"""What a run has finished, kept next to its output so that another with the same settings continues."""
+"""What a run has finished, kept next to its output so that another with the same settings can continue."""
 
 import contextlib
 import dataclasses
@@ -27,10 +27,10 @@ def open_journal(
     restartable: bool,
     usable: Callable[[Record], bool] = lambda record: True,
 ) -> "Iterator[Journal]":
-    """The journal in `out`, continued where `restartable`, else new; nobody else can open it meanwhile.
+    """The journal in `out`, continued if `restartable`, else new; no other process can open it meanwhile.
 
-    Of an earlier process's shards those are kept that are `usable`. Raises UserError where another process
-    has it open or it has shards of a job with other `settings`.
+    Keeps those of an earlier process's shards that are `usable`. Raises UserError if another process has the
+    journal open, or if it has shards of a job with other `settings`.
     """
     folder = out / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +75,14 @@ class Journal:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
     def remove(self) -> None:
-        """The end: the folder is not needed any more."""
+        """Remove the folder: the output is finished."""
         shutil.rmtree(self.folder)
 
     def resume(self, job: dict[str, Any], usable: Callable[[Record], bool]) -> None:
-        """Take over the usable shards that are as an earlier process left them.
+        """Take over the usable shards whose files are as an earlier process left them.
 
-        A source that has changed since is begun again, loudly. Raises UserError for shards of another job.
+        Starts anew, with a warning, if the source has changed since. Raises UserError for shards of another
+        job.
         """
         kept = [record for record in read_records(self.folder / "records.jsonl") if self._is_whole(record)]
         old, new = job["settings"], self.settings
@@ -120,7 +121,7 @@ class Journal:
 
 
 def read_job(out: Path) -> dict[str, Any] | None:
-    """The settings and the engine of the unfinished run in `out`; None where there is none."""
+    """The settings and the engine of the unfinished run in `out`; None if there is none."""
     path = out / FOLDER_NAME / "job.json"
     try:
         return json.loads(path.read_bytes())
@@ -133,7 +134,7 @@ def read_job(out: Path) -> dict[str, Any] | None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of lines that are whole: one may be cut where the process or the machine stopped."""
+    """The records of all whole lines: one may have been cut when the process or the machine stopped."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, TypeError):
@@ -142,7 +143,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def has_changed(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether two jobs read one local source that is not what it was."""
+    """Whether two jobs read the same local source, whose content has changed in between."""
     same = old.get("source") == new["source"] and old.get("revision") is new["revision"] is None
     return same and old.get("content") != new["content"]
 

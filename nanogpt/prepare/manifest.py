@@ -28,7 +28,7 @@ class Manifest:
     """`Tokenizer.describe()`: enough to build it again."""
     vocab_size: int
     documents: dict[str, int]
-    """By split; so are the tokens."""
+    """By split, as are the tokens."""
     tokens: dict[str, int]
     sha256: dict[str, str]
     """By file name."""
@@ -45,13 +45,13 @@ def file_name(split: str) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """`folder/manifest.json`, complete or not at all."""
+    """Writes `folder/manifest.json`, complete or not at all."""
     text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
     write_atomically(folder / "manifest.json", text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`. Raises UserError where there is none or it is not one of ours."""
+    """The manifest of `folder`. Raises UserError if there is none or it is not one of ours."""
     path = folder / "manifest.json"
     try:
         fields = json.loads(path.read_bytes())
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def has_expected_kinds(fields: dict[str, Any]) -> bool:
-    """Whether the values of a manifest are what the rest of the program takes them for."""
+    """Whether the values of a manifest have the types that the rest of the program expects."""
     kinds = {"source": str, "revision": str | None, "vocab_size": int, "max_token_id": int, "settings": dict}
     counts = [fields[key] for key in ("documents", "tokens", "skipped")]
     return (
@@ -88,7 +88,7 @@ def has_expected_kinds(fields: dict[str, Any]) -> bool:
 
 
 def has_expected_sizes(folder: Path, manifest: Manifest) -> bool:
-    """Whether both token files are there with two bytes for each token: the check that costs nothing."""
+    """Whether both token files are there with two bytes per token: a check that costs nothing."""
     paths = {split: folder / file_name(split) for split in SPLITS}
     return all(path.is_file() and path.stat().st_size == 2 * manifest.tokens[s] for s, path in paths.items())
 
@@ -100,7 +100,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """`path` with `data`: under its name only once it is complete and on the disk."""
+    """Writes `data` to `path`, a name that it gets only once it is complete and on the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""How far a run is: a live line on a terminal, a plain line now and then elsewhere."""
+"""How far a run has come: a live line on a terminal, a plain line now and then elsewhere."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ BAR_WIDTH = 24
 
 
 class Progress:
-    """Counts records and writes about them to `stream`; `source_bytes` is None where the end is unknown."""
+    """Counts records and reports progress on `stream`; `source_bytes` is None if the total is unknown."""
 
     def __init__(
         self, source_bytes: int | None, *, engine: str, kept: dict[int, Record], stream: TextIO | None = None
@@ -29,7 +29,7 @@ class Progress:
         self._documents = self._tokens = self._read = 0
         self._new_tokens = self._new_characters = self._new_read = 0
         self._estimated = False
-        self._steady: tuple[float, int] | None = None  # when the first new tokens were there, and how many
+        self._steady: tuple[float, int] | None = None  # time and number of the first new tokens
         self._show()
 
     def add(self, record: Record) -> None:
@@ -48,7 +48,7 @@ class Progress:
             self._say(self._line())
 
     def _estimate(self, now: float) -> None:
-        """Once: the time for OpenWebText, from what came after the first record, so without the start."""
+        """Says once how long OpenWebText would take, at the rate after the first record: without start-up."""
         if self._steady is None and self._new_tokens:
             self._steady = (now, self._new_tokens)
         if self._estimated or self._steady is None:
@@ -60,11 +60,11 @@ class Progress:
             self._estimated = True
 
     def finish(self) -> None:
-        """The last line; always one."""
+        """Writes the last line, in any case."""
         self._say(self._counts())
 
     def _show(self) -> None:
-        """The live line, cut to the terminal: one that goes on in the next row could not be taken back."""
+        """Rewrites the live line, cut to the terminal's width: a line that wraps could not be erased."""
         if self._live:
             self._stream.write(f"\r\x1b[K{self._line()[: columns(self._stream) - 1]}")
             self._stream.flush()
@@ -75,7 +75,7 @@ class Progress:
         self._last_line = time.monotonic()
 
     def _rate(self) -> float:
-        """New tokens in a second."""
+        """New tokens per second."""
         return self._new_tokens / max(time.monotonic() - self._start, 1e-9)
 
     def _counts(self) -> str:
@@ -96,7 +96,7 @@ class Progress:
 
 
 def columns(stream: TextIO) -> int:
-    """Width of the terminal behind `stream`; 80 where it does not say."""
+    """Width of the terminal behind `stream`; 80 if it does not say."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except OSError:

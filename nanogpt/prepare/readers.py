@@ -1,6 +1,6 @@
 """The documents of one part of a source: a block of lines, rows of a parquet file, or whole text files.
 
-A part is small, picklable and the same whoever reads it, so that any worker may have any part.
+A part is small, picklable, and the same to every process that reads it, so that any worker may have any part.
 """
 
 import gzip
@@ -25,12 +25,12 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Bad:
-    """What stands in the place of a document that cannot be used."""
+    """Stands in for a document that cannot be used."""
 
     reason: str
-    """What `--skip-bad` counts."""
+    """What `--skip-bad` counts it as."""
     sentence: str
-    """What the user reads otherwise: where it is, what was found and what was expected."""
+    """What the user reads without `--skip-bad`: where it is, what was found and what was expected."""
 
 
 Document = str | Bad
@@ -39,7 +39,7 @@ Document = str | Bad
 @runtime_checkable
 class Part(Protocol):
     def documents(self, column: str) -> Iterator[Document]:
-        """The documents in order; `column` names the field of the text where rows have fields."""
+        """The documents in order; `column` names the field of the text, if rows have fields."""
         ...
 
 
@@ -52,7 +52,7 @@ class Lines:
     stop: int = 0
     data: bytes | None = None
     first_line: int | None = None
-    """Number of the first line, from 1; None where knowing it means reading what comes before."""
+    """Number of the first line, from 1; None if finding it would mean reading all that comes before."""
 
     def documents(self, column: str) -> Iterator[Document]:
         for i, line in enumerate(BytesIO(self._read())):  # finds the ends faster than bytes.split
@@ -76,7 +76,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Separated:
-    """Text in which a line of its own stands between documents."""
+    """Text in which a line `separator` stands between documents."""
 
     name: str
     data: bytes
@@ -95,7 +95,7 @@ class Separated:
 
 @dataclass(frozen=True)
 class Texts:
-    """Whole text files, or `data`, a document each; with a `tail`, that fraction of the text is another."""
+    """Whole text files, or `data`, a document each; a `tail` is cut off as a second one, of that fraction."""
 
     names: tuple[str, ...]
     data: bytes | None = None
@@ -121,7 +121,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """In the place of a file, or the rest of one, that could not be read at all."""
+    """Stands in for a file, or the rest of one, that could not be read at all."""
 
     bad: Bad
 
@@ -130,9 +130,9 @@ class Unreadable:
 
 
 def quick_text(line: bytes, column: str) -> str | None:
-    """The field `column` of a line that is as it should be; None where `json_text` has to say what it is.
+    """The field `column` of a line that is as it should be; None if `json_text` has to find out what it is.
 
-    orjson takes half of the time of `json`, and refuses what that accepts beyond the standard.
+    orjson takes half the time of `json`, and rejects what `json` accepts beyond the standard.
     """
     try:
         text = orjson.loads(line)[column]
@@ -166,7 +166,7 @@ def decoded(raw: bytes, place: Callable[[], str]) -> Document:
 
 
 def text_of(value: Any, place: Callable[[], str]) -> Document:
-    """A value of a column; bytes are the text that they are in UTF-8."""
+    """The text in a column's value; bytes are decoded as UTF-8."""
     if not isinstance(value, bytes):
         return usable(value, place)
     try:
@@ -181,7 +181,7 @@ def undecodable(error: UnicodeDecodeError, place: Callable[[], str]) -> Bad:
 
 
 def usable(value: Any, place: Callable[[], str]) -> Document:
-    """`value` where it is a text that is not empty."""
+    """`value` if it is a text that is not empty, else what is wrong with it."""
     if not isinstance(value, str):
         return Bad("not a text", f"{place()} holds {kind_name(value)}, expected a text")
     return value or Bad("empty", f"{place()} is an empty document, expected at least one character")

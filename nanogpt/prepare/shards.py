@@ -1,4 +1,4 @@
-"""Worker processes turn parts of a source into shards: token files of their own, in the source's order."""
+"""Worker processes turn the parts of a source into shards: one token file for each, in source order."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from nanogpt.prepare.workers import prepare_worker, start_server, without_ctrl_c
 from nanogpt.tokenizer import Tokenizer, tokenizer_from
 
 BATCH_CHARACTERS = 1 << 20
-"""Text that is tokenised at once."""
+"""How much text is tokenized at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +38,24 @@ class Job:
     column: str
     skip_bad: bool
     limit: int | None
-    """Documents of the whole run; so no shard needs more."""
+    """Documents of the whole run, so no shard needs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What became of a part."""
+    """What encoding a part resulted in."""
 
     index: int
     documents: int
     tokens: int
-    """With an end of text after each document."""
+    """Including the end of text after each document."""
     characters: int
     source_bytes: int
     sha256: str
     """Of the shard's file: ids as uint16, then the number of ids of each document as uint32."""
     skipped: dict[str, int]
     bad: str | None = None
-    """What is wrong with the document after the last one: the shard ends there."""
+    """What is wrong with the document after the last one, where the shard ends."""
 
 
 def shard_path(folder: str | Path, index: int) -> Path:
@@ -63,9 +63,9 @@ def shard_path(folder: str | Path, index: int) -> Path:
 
 
 def encode_shard(shard: Shard, job: Job) -> tuple[Record, Sample | None]:
-    """Write the shard, complete or not at all; with a sample for tiktoken to check, where another did it.
+    """Write the shard, complete or not at all; returns a sample for tiktoken to check another engine's work.
 
-    Raises UserError where the source or the disk fails.
+    Raises UserError if the source or the disk fails.
     """
     path = shard_path(job.folder, shard.index)
     partial = path.with_suffix(f".{os.getpid()}")
@@ -122,7 +122,7 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, S
 
 
 def read_shard(folder: str | Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and lengths that `write_shard` wrote, mapped."""
+    """The ids and lengths that `write_shard` wrote, memory-mapped."""
     data = (
         np.memmap(shard_path(folder, record.index), np.uint8, "r") if record.tokens else np.empty(0, np.uint8)
     )
@@ -130,7 +130,7 @@ def read_shard(folder: str | Path, record: Record) -> tuple[np.ndarray, np.ndarr
 
 
 def readable(part: Part, column: str) -> Iterator[Document]:
-    """The documents of `part`. Raises UserError where the source went away."""
+    """The documents of `part`. Raises UserError if the source goes away."""
     try:
         yield from part.documents(column)
     except OSError as error:
@@ -138,7 +138,7 @@ def readable(part: Part, column: str) -> Iterator[Document]:
 
 
 def good_documents(documents: Iterable[Document], skip_bad: bool, found: list[Bad]) -> Iterator[str]:
-    """The texts, while bad documents go into `found`: all of them, or one that ends the iteration."""
+    """The texts; bad documents go into `found`, the first of which ends the iteration unless `skip_bad`."""
     for document in documents:
         if isinstance(document, str):
             yield document
@@ -149,7 +149,7 @@ def good_documents(documents: Iterable[Document], skip_bad: bool, found: list[Ba
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about BATCH_CHARACTERS together."""
+    """Lists of texts, each list of about BATCH_CHARACTERS."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -163,10 +163,10 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, Record]) -> Iterator[Record]:
-    """A record for each shard, in order, from `workers` processes; those in `done` are taken as they are.
+    """A record for each shard, in order, from `workers` processes; records in `done` are used as they are.
 
-    Processes that are still at work when the caller has had enough are ended. Raises UserError where a worker
-    failed or died, and EnginesDifferError where one was wrong.
+    When the caller stops early, processes that are still at work are ended. Raises UserError if a worker
+    failed or died, and EnginesDifferError if one was wrong.
     """
     start_server(job.engine)
     others = set(multiprocessing.active_children())
@@ -179,7 +179,7 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
     pending: deque[Record | Future[tuple[Record, Sample | None]]] = deque()
     try:
         for shard in shards:
-            with without_ctrl_c():  # a worker that is being started would miss its end, or be missed at it
+            with without_ctrl_c():  # a worker just being started might miss the end, or be missed at it
                 pending.append(done.get(shard.index) or pool.submit(encode_shard, shard, job))
             if len(pending) > 2 * workers:
                 yield record_of(pending.popleft(), reference)
@@ -198,7 +198,7 @@ def encode_all(shards: Iterable[Shard], job: Job, workers: int, done: dict[int, 
 
 
 def record_of(result: Record | Future[tuple[Record, Sample | None]], reference: Tokenizer) -> Record:
-    """The record, waited for and checked."""
+    """The record, once it is there and its sample is checked."""
     if isinstance(result, Record):
         return result
     record, sample = result.result()

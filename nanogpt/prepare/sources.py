@@ -27,14 +27,14 @@ from nanogpt.prepare.readers import (
 )
 
 PART_BYTES = 8 << 20
-"""Text in one part: what a killed run loses at most for each worker, and a bound on memory."""
+"""Text in one part: the most that a killed run loses per worker, and a bound on memory."""
 STANDARD_INPUT = "-"
 HUB_SHORTHANDS = {
     # 80 parquet files, 8,013,769 documents
     "openwebtext": ("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c"),
 }
 COMPRESSIONS = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0}
-"""Bytes of text to a byte of file, about: for the check of disk space and the time left."""
+"""Approximate bytes of text per byte of file, for the check of disk space and the time left."""
 PARQUET_RATIO = 1.8
 JSON_LINES, PARQUET, TEXT = "JSON lines", "parquet", "text"
 SINGLE_TEXT, HUB = "a single text", "a data set of the hub"
@@ -46,7 +46,7 @@ NEEDS = {
     "separator": ("text files or text piped in", {TEXT}),
     **dict.fromkeys(("revision", "config", "split", "cached"), (HUB, {HUB})),
 }
-"""What a flag is about, and the kinds of sources that have it: to others the flag would do nothing."""
+"""What a flag is about, and the kinds of sources that have it; for others the flag would do nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,21 @@ class Source:
     """JSON_LINES, PARQUET, TEXT for texts that are documents, SINGLE_TEXT or HUB."""
     revision: str | None = None
     source_bytes: int | None
-    """Of all files, as they lie; None where nobody knows."""
+    """Size of all files as they are stored; None if unknown."""
     text_bytes: int | None
-    """Of the text in them, about."""
+    """Approximate size of the text in them."""
     identity: Any
     """JSON that changes when the content does, as far as sizes and times tell; None for a stream."""
     repeatable: bool = True
-    """Whether `shards` may be called again: a stream that is not held in memory goes on where it stopped."""
+    """Whether `shards` may be called again: a stream that is not in memory continues where it stopped."""
     tail: float | None = None
-    """The fraction at the end of a single text that validates; None where documents are drawn."""
+    """The fraction at the end of a single text that validates; None if documents are drawn."""
     parts: Callable[[], Iterator[tuple[Part, int]]]
 
     def shards(self) -> Iterator[Shard]:
-        """The parts in order, the same ones in each call where `repeatable`.
+        """The parts in order; if `repeatable`, each call gives the same ones.
 
-        Raises UserError where the source went away.
+        Raises UserError if the source goes away.
         """
         try:
             for index, (part, source_bytes) in enumerate(self.parts()):
@@ -89,7 +89,7 @@ class Source:
 
 
 def find_source(name: str, options: Options) -> Source:
-    """The source called `name`. Raises UserError where there is none or its files are of no use."""
+    """The source called `name`. Raises UserError if there is none or its files cannot be used."""
     if options.separator is not None and (not options.separator or "\n" in options.separator):
         raise UserError(
             f"got --separator {options.separator!r}, expected one line that is not empty; "
@@ -178,9 +178,9 @@ def local_source(name: str, options: Options) -> Source:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The files of a known kind, in the order of their paths; none of hidden folders.
+    """The files of a known kind, in the order of their paths, except those in hidden folders.
 
-    And none that `prepare` wrote, so that `--out` may lie in `folder`.
+    Also leaves out what `prepare` wrote, so that `--out` may be inside `folder`.
     """
 
     def is_source(path: Path) -> bool:
@@ -207,7 +207,7 @@ def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tupl
 def single_text(
     path: str, data: bytes | None, options: Options, tail: float, name: str | None = None
 ) -> Source:
-    """A text without documents in it: its end validates, `val_fraction` of the characters or else `tail`."""
+    """A text that is not divided into documents: its last `val_fraction`, by default `tail`, validates."""
     fraction = tail if options.val_fraction is None else options.val_fraction
     size = Path(path).stat().st_size if data is None else len(data)
     part = Texts((path,), data, fraction or None)
@@ -223,7 +223,7 @@ def single_text(
 
 
 def standard_input(stream: BufferedReader, options: Options) -> Source:
-    """JSON lines where the first character is `{`, else text: one, or with a separator many."""
+    """Texts if there is a separator, else JSON lines if the first character is `{`, else a single text."""
     name = "standard input"
     if options.separator is not None:
         kind, blocks = TEXT, stream_blocks(stream, name, options.separator)
@@ -243,7 +243,7 @@ def standard_input(stream: BufferedReader, options: Options) -> Source:
 
 
 def json_ranges(path: Path) -> Iterator[tuple[Part, int]]:
-    """Ranges of bytes that end with a line: a worker reads its own, and nobody anything twice."""
+    """Ranges of bytes that end with a line: each worker reads its own, and nothing is read twice."""
     size, start = path.stat().st_size, 0
     with path.open("rb") as file:
         while start < size:
@@ -280,13 +280,13 @@ def stream_blocks(stream: BufferedIOBase, name: str, separator: str | None) -> I
         if last:
             break
         data = data[end:]
-        wanted = PART_BYTES if end else 2 * wanted  # a long document is not searched anew for each piece
+        wanted = PART_BYTES if end else 2 * wanted  # else a long document is searched again for each piece
     if damage is not None:
         yield Unreadable(damaged(f"{name} from line {first_line:,} on", damage))
 
 
 def filled(stream: BufferedIOBase, data: bytes, size: int) -> tuple[bytes, bool, Exception | None]:
-    """At least `size` bytes, `data` the first of them; whether the stream ended before; by what damage."""
+    """`data` extended to at least `size` bytes; whether the stream ended before that; and by what damage."""
     pieces, damage = [data], None
     have = len(data)
     while have < size:
@@ -304,7 +304,7 @@ def filled(stream: BufferedIOBase, data: bytes, size: int) -> tuple[bytes, bool,
 def documents_end(data: bytes, size: int, separator: str | None) -> int:
     """Where the last complete document in the first `size` bytes ends, with its separator; 0 without one.
 
-    So the parts do not depend on the pieces that a stream happens to come in.
+    This way the parts do not depend on the pieces in which a stream happens to arrive.
     """
     ends = [b""] if separator is None else [separator.encode() + end for end in (b"\n", b"\r\n")]
     found = [(data.rfind(b"\n" + end, 0, size), 1 + len(end)) for end in ends]
@@ -332,7 +332,7 @@ def whole_texts(paths: list[Path]) -> Iterator[tuple[Part, int]]:
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind that the name says, a compression's ending aside; None for other and hidden files."""
+    """The kind that the name implies, without a compression's suffix; None for other and hidden files."""
     if path.name.startswith("."):
         return None
     inner = path.with_suffix("") if path.suffix in COMPRESSIONS else path

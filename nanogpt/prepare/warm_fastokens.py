@@ -1,4 +1,4 @@
-"""Imported by the server that workers are forked from: they find imports and fastokens' tokenizer ready."""
+"""Imported by the server that workers are forked from, so that imports and fastokens' tokenizer are ready."""
 
 import gc
 import importlib
@@ -8,9 +8,9 @@ from nanogpt.prepare.fast import fastokens_tokenizer, tokenizer_json
 
 tokenizer_json()
 _tokenizer = threading.Thread(target=fastokens_tokenizer)
-_tokenizer.start()  # what it has left to do needs no lock of Python's
+_tokenizer.start()  # the rest of its work does not need the GIL
 
 for _name in ("nanogpt.prepare.arrow", "nanogpt.prepare.build"):
     importlib.import_module(_name)
 _tokenizer.join()
-gc.freeze()  # no collection in a worker copies these pages
+gc.freeze()  # so that no garbage collection in a worker copies these pages

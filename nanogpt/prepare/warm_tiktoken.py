@@ -1,4 +1,4 @@
-"""Imported by the server that workers are forked from: they find imports and tiktoken's tables ready."""
+"""Imported by the server that workers are forked from, so that imports and tiktoken's tables are ready."""
 
 import gc
 import importlib
@@ -7,4 +7,4 @@ from nanogpt.tokenizer import gpt2
 
 importlib.import_module("nanogpt.prepare.build")
 gpt2().encode("")
-gc.freeze()  # no collection in a worker copies these pages
+gc.freeze()  # so that no garbage collection in a worker copies these pages

@@ -1,4 +1,4 @@
-"""The processes that do the work, and the server that they are forked from. Light to import."""
+"""The processes that do the work, and the server that they are forked from. Cheap to import."""
 
 import contextlib
 import multiprocessing
@@ -10,22 +10,22 @@ from multiprocessing import forkserver, resource_tracker
 
 
 def start_server(engine: str) -> None:
-    """Start the process that workers are forked from, deaf to Ctrl-C from its first instruction on; once.
+    """Start, once, the process that workers are forked from; it is deaf to Ctrl-C from its first instruction.
 
-    Early, because its imports and its tokenizer take longer than what the caller does before it encodes.
+    Call it early: its imports and its tokenizer take longer than what the caller does before it encodes.
     """
     multiprocessing.set_forkserver_preload([f"nanogpt.prepare.warm_{engine}"])
-    resource_tracker.ensure_running()  # first, because it ends by letting Ctrl-C through again
+    resource_tracker.ensure_running()  # first, because it unblocks Ctrl-C at its end
     with without_ctrl_c():
         forkserver.ensure_running()
 
 
 @contextlib.contextmanager
 def without_ctrl_c() -> Iterator[None]:
-    """A Ctrl-C within comes after it; processes that are started within never see one.
+    """Delays a Ctrl-C until the end of the block; processes that are started within it never see one.
 
-    They inherit the mask. It is not enough for this process, where another thread, as of OpenBLAS, may be
-    given the signal, so that Python raises within after all.
+    They inherit the signal mask. For this process the mask is not enough: another thread, such as one of
+    OpenBLAS, may receive the signal, and Python would raise within the block after all.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python raises only in the main thread
@@ -43,7 +43,7 @@ def without_ctrl_c() -> Iterator[None]:
 
 
 def prepare_worker() -> None:
-    """No word about Ctrl-C, and no life after the parent's, however that ended."""
+    """Makes a worker ignore Ctrl-C, and end when its parent does, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
