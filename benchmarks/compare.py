@@ -1,10 +1,10 @@
 """`python -m benchmarks.compare A.json B.json`: what got faster or slower beyond noise, from A to B.
 
-A and B are results of the same benchmark, or two reports. A difference counts where the quartiles of the two
-do not overlap and the medians differ by more than 2 %. With fewer than ten measurements on a side quartiles
-lie apart by chance (of five and five of the same thing in a fifth of cases), so there it is the ranges that
-do not overlap; with fewer than five ranges do that too, and the medians have to differ by more than 10 %. A
-peak of memory is one measurement, and a difference of 5 MB is none.
+A and B are results of the same benchmark, or two reports. A difference counts if the quartiles of the two do
+not overlap and the medians differ by more than 2 %. With fewer than ten measurements on a side, quartiles lie
+apart by chance (for five against five of the same thing, in a fifth of cases), so the ranges must not overlap
+instead; with fewer than five, ranges lie apart by chance too, so the medians must also differ by more than
+10 %. A memory peak is a single measurement, and a difference of up to 5 MB does not count.
 """
 
 import sys
@@ -22,7 +22,7 @@ from nanogpt.errors import UserError
 SMALLEST_CHANGE = 0.02
 FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
 ENOUGH_FOR_QUARTILES = 10
-SMALLEST_CHANGE_BYTES = 5e6  # what a process gains and loses by itself
+SMALLEST_CHANGE_BYTES = 5e6  # what a process's memory varies by itself
 HIGHER_IS_BETTER = ("tokens_per_second", "speedup", "share_of_product")
 MEMORY_KEYS = ("steps", "peak_growth_bytes")
 
@@ -38,7 +38,7 @@ class CompareConfig:
 
 
 def spreads(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    """(path, spread) of whatever was measured several times, and of peak memory (a point)."""
+    """(path, spread) of whatever was measured several times, and of peak memory (a single point)."""
     if isinstance(value, dict):
         if {"median", "low", "high"} <= set(value):
             yield path, value
@@ -53,7 +53,7 @@ def spreads(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, float]]
 
 
 def label_of(part: Any, key: str) -> str:
-    """What a part is called: rows by their work, so that a row is found again wherever it stands."""
+    """The name of a part; a row is named by its work, so that it is found again in any position."""
     if isinstance(part, dict) and "engine" in part:
         return f"{part['engine']} {part['workers']} workers"
     work = part.get("work") if isinstance(part, dict) else None

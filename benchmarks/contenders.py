@@ -1,8 +1,8 @@
-"""The same training step by several hands: ours, a plain `nn.Module`, Hugging Face's GPT-2 and litgpt's GPT.
+"""The same training step, four times: ours, a plain `nn.Module`, Hugging Face's GPT-2 and litgpt's GPT.
 
-Each contender is `(Work) -> Step`. All start from the same parameters (litgpt: of the same shapes), see the
-same batches and end a step in the same way: clip to norm 1, AdamW with decay on matrices, the same learning
-rates.
+Each contender is `(Work) -> Step`. All start from the same parameters (litgpt: its own, of the same shapes),
+see the same batches and end a step in the same way: clip to norm 1, AdamW with decay on matrices, the same
+learning rates.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from nanogpt.run import keep_freed_memory
 from nanogpt.train import DTYPES, Precision, TrainState, init_state, make_train_step
 
 Step = Callable[[Batch], Tensor]
-"""Trains on a batch and returns its loss, still on the device. What it trains is its own."""
+"""Trains on a batch and returns its loss, still on the device. It owns the parameters that it trains."""
 
 SEED = 1337
 BATCHES = 4  # different ones, so that no step sees what it just learned
@@ -57,7 +57,7 @@ class Work:
 def batches_of(work: Work, rank: int = 0, size: int = 1) -> list[Batch]:
     """The batches of every contender: random tokens, the same on every device.
 
-    Of `size` ranks each has rows of its own; a batch of all is that of one process with their sequences.
+    Each of `size` ranks has rows of its own; together these are the batch of one process with all sequences.
     """
     generator = torch.Generator().manual_seed(SEED)
     shape = (work.accumulation, size * work.batch_size, work.model.block_size + 1)
@@ -70,7 +70,7 @@ def batches_of(work: Work, rank: int = 0, size: int = 1) -> list[Batch]:
 
 
 def make_optimizer(work: Work) -> optim.Transform:
-    """Clip and AdamW as `run` makes them."""
+    """Clipping and AdamW, as `run` makes them."""
     b1, b2 = BETAS
     optimizer = optim.chain(
         optim.clip_by_global_norm(CLIP_NORM), optim.adamw(SCHEDULE, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
@@ -79,7 +79,7 @@ def make_optimizer(work: Work) -> optim.Transform:
 
 
 def ours(work: Work) -> Step:
-    """This project's step, as `run` makes it; on a CPU in memory that is kept for the next step, as there."""
+    """This project's step, as `run` makes it: on a CPU it too keeps freed memory for the next step."""
     if work.device == "cpu":
         keep_freed_memory()
     optimizer = make_optimizer(work)
@@ -95,7 +95,7 @@ def step_of(
     mesh: DeviceMesh | None = None,
     reshard_after_forward: bool = False,
 ) -> Step:
-    """This project's step from `state` on, which is given away; on a `mesh` a rank's side of it."""
+    """This project's step, starting from `state`, which it takes over; on a `mesh`, one rank's side of it."""
     train_step = make_train_step(
         work.model,
         optimizer,
@@ -152,8 +152,11 @@ def hugging_face(work: Work) -> Step:
 
 
 def litgpt(work: Work) -> Step:
-    """litgpt's GPT of GPT-2's shape, in the plain module's loop. It has rotary positions instead of learned
-    ones, and random parameters of its own, so its loss is near the others' and not equal."""
+    """litgpt's GPT of GPT-2's shape, in the plain module's loop.
+
+    It has rotary positions instead of learned ones, and random parameters of its own, so its loss is near the
+    others' but not equal.
+    """
     package = importlib.import_module("litgpt")
 
     config = package.Config(
@@ -198,16 +201,16 @@ CONTENDERS: dict[str, Callable[[Work], Step]] = {
 }
 PACKAGES = {"hugging_face": "transformers", "litgpt": "litgpt"}
 MODELS = {"hugging_face": "GPT2LMHeadModel", "litgpt": "GPT"}
-"""What a contender takes of its package, which may import it only then."""
+"""What a contender uses of its package, which may import it only when it is asked for."""
 
 
 def installed_contenders() -> list[str]:
-    """Those whose package is here, ours first."""
+    """The contenders whose package is installed, ours first."""
     return [name for name in CONTENDERS if importlib.util.find_spec(PACKAGES.get(name, "torch"))]
 
 
 def check_installed(*names: str) -> None:
-    """Raises UserError for a contender whose package is not here."""
+    """Raises UserError for a contender whose package is not installed."""
     here = installed_contenders()
     for name in names:
         if name not in here:
@@ -218,7 +221,7 @@ def check_installed(*names: str) -> None:
 
 
 def check_imports(name: str) -> None:
-    """Raises UserError for a contender whose package is not here, or cannot be imported."""
+    """Raises UserError for a contender whose package is not installed, or cannot be imported."""
     check_installed(name)
     if name not in PACKAGES:
         return

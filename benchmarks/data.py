@@ -1,8 +1,7 @@
-"""`python -m benchmarks.data`: how fast the loader makes batches, mapped and with `pread`, and whether memory
-stays flat.
+"""`python -m benchmarks.data`: the loader's speed, mapped and with `pread`, and whether memory stays flat.
 
-The file is 1 GB of random token ids, just written, so it lies in the page cache: this is the speed of the
-loader, not of a disk. Every window of it is read once, in the order of training, as training batches.
+The file is 1 GB of random token ids, just written, so it is in the page cache: this is the speed of the
+loader, not of a disk. Every window of it is read once, in training order and in training batches.
 """
 
 import statistics
@@ -43,7 +42,7 @@ class DataBenchmark:
     """Read a token file as training does, mapped and with pread."""
 
     file_bytes: int = 1_000_000_000
-    """Size of the file, two for each token of at least 4 batches; it is written to the temporary directory,
+    """Size of the file, two bytes per token of at least 4 batches; it is written to the temporary directory
     and removed."""
     path: Path | None = None
     """A token file to read instead."""
@@ -91,7 +90,7 @@ class DataBenchmark:
 
     @property
     def small(self) -> "DataBenchmark":
-        """The same of a file, and of batches, that take a second."""
+        """The same with a file and batches so small that it takes a second."""
         return replace(self, file_bytes=8 << 20, batch_size=8, total_batch_size=65536, rounds=1)
 
 
@@ -102,13 +101,13 @@ class Pass(NamedTuple):
     seconds: list[float]
     """Of each batch."""
     resident_growth_bytes: int
-    """Memory after the last quarter of the batches less memory after the first quarter (medians)."""
+    """Memory in the last quarter of the batches minus memory in the first quarter (medians)."""
     peak_growth_bytes: int
-    """Most memory while reading, less memory before."""
+    """Peak memory while reading, minus memory before."""
 
 
 def steps_of(token_count: int, spec: BatchSpec) -> int:
-    """Batches in an epoch of so many tokens. Raises UserError where they are too few to tell anything."""
+    """Batches in an epoch of `token_count` tokens. Raises UserError if they are too few to tell anything."""
     steps = window_count(token_count, spec.block_size) // spec.sequences
     if steps < 4:
         raise UserError(
@@ -119,7 +118,7 @@ def steps_of(token_count: int, spec: BatchSpec) -> int:
 
 
 def read_all(tokens: Tokens, spec: BatchSpec) -> Pass:
-    """Every batch of one epoch."""
+    """Reads every batch of one epoch."""
     steps = steps_of(len(tokens), spec)
     reset_peak("cpu")
     before, seconds, resident = resident_bytes(), [], []
@@ -135,7 +134,7 @@ def read_all(tokens: Tokens, spec: BatchSpec) -> Pass:
 
 
 def wait_of_prefetch(tokens: Tokens, spec: BatchSpec, *, steps: int, step_s: float) -> float:
-    """Seconds that a step of `step_s` waits for its batch with the next one being read beside it (median)."""
+    """Median seconds that a step of `step_s` waits for its batch, which is read during the step before."""
     waits, begin = [], time.perf_counter()
     for _ in prefetch(lambda step: batch_at(tokens, step, spec), range(steps), torch.device("cpu")):
         waits.append(time.perf_counter() - begin)
@@ -145,7 +144,7 @@ def wait_of_prefetch(tokens: Tokens, spec: BatchSpec, *, steps: int, step_s: flo
 
 
 def write_file(path: Path, size: int) -> None:
-    """Random ids, as incompressible as a file of them can be."""
+    """Writes random ids, as incompressible as a file of ids can be."""
     rng = np.random.default_rng(0)
     block = rng.integers(VOCAB_SIZE, size=WRITE_BYTES // 2, dtype=np.uint16)
     with path.open("wb") as file:

@@ -1,10 +1,10 @@
-"""What a rank of a sharded job holds in memory, found without the job: the real step on fake tensors.
+"""What a rank of a sharded job holds in memory, found without the job: by running the step on fake tensors.
 
-`plan` runs init, FSDP2, forward, backward and optimizer of rank 0 with a process group that does not exist
-and tensors that have shapes and no numbers, and counts every storage from its making to its end. So it
-follows uneven shards, resharding and gathering as the code does them. It cannot see what torch does not make
-(the CUDA context, buffers of NCCL and gloo) and what an allocator loses between blocks. The step is the eager
-one: a compiled one keeps fewer activations.
+`plan` runs init, FSDP2, forward, backward and optimizer of rank 0 with a fake process group, on tensors that
+have shapes but no values, and counts every storage from its creation to its end. So it follows uneven shards,
+resharding and gathering exactly as the code does them. It cannot see what torch does not allocate (the CUDA
+context, buffers of NCCL and gloo) or what an allocator loses to fragmentation. The step is the eager one: a
+compiled step keeps fewer activations.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ KINDS = (
     ("nanogpt.train", "make_loss", "head and its gradient"),
     ("nanogpt.train", "make_sharded_value_and_grad", "backward"),
 )
-"""(module, start of a function's name or a function around it, kind): the innermost of the frames that make
-a storage says what it is for. "backward" are gradients of activations and of whole weights."""
+"""(module, prefix of the name of a function or of one around it, kind): the innermost frame that matches
+says what a storage is for. "backward" is gradients of activations and of whole weights."""
 
 
 class Plan(NamedTuple):
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     at_peak: dict[str, int]
     """By kind, at the moment of a step when most is held; the sum is what the device must have."""
     peak_of_kind: dict[str, int]
-    """The most of each kind, at whatever moment of a step."""
+    """The most that is held of each kind, each at its own moment of a step."""
 
     @property
     def rest_bytes(self) -> int:
@@ -75,12 +75,12 @@ class Plan(NamedTuple):
 def plan(work: Work, shape: tuple[int, int], *, reshard_after_forward: bool = False) -> Plan:
     """Memory of rank 0 of (replicate, shard) = `shape`, whose part of a microstep is `work.batch_size`.
 
-    Tensors are a CPU's whatever `work.device` is: that one says how many logits exist at a time.
-    Rank 0 has the largest part where sizes do not divide. Allocates nothing; takes tens of seconds for the
-    xl size. There must be no process group: it makes one that is fake, and ends it.
+    Tensors are the CPU's whatever `work.device` is, which only decides how many logits exist at a time. Rank
+    0 has the largest part if sizes do not divide evenly. Allocates nothing; takes tens of seconds for the xl
+    size. There must be no process group yet: this makes a fake one, and destroys it.
     """
     chunk_tokens = chunk_tokens_of(work.device, work.precision)
-    # The model is a copy: its skeleton will be fake, which nobody else can use.
+    # The model is a copy, since its skeleton will be of fake tensors, which nobody else can use.
     work = replace(work, model=replace(work.model), device="cpu")
     optimizer = make_optimizer(work)
     with contextlib.ExitStack() as stack:
@@ -103,13 +103,13 @@ def plan(work: Work, shape: tuple[int, int], *, reshard_after_forward: bool = Fa
         )
         ledger.start_over()
         state, _ = step(state, batch)
-        gc.collect()  # what only a cycle holds is not what a step leaves
+        gc.collect()  # what only a reference cycle holds does not outlive a step
         return Plan(dict(ledger.now), ledger.at_peak, ledger.peak_of_kind)
 
 
 @contextlib.contextmanager
 def fake_ranks(size: int) -> Iterator[None]:
-    """This process as rank 0 of `size`, whose collectives return at once and move nothing."""
+    """Makes this process rank 0 of `size` ranks whose collectives return at once and move nothing."""
     assert not dist.is_initialized(), "a fake process group cannot stand beside a real one"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
@@ -119,7 +119,7 @@ def fake_ranks(size: int) -> Iterator[None]:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all storages made within it, by kind, and keeps the greatest sum."""
+    """Counts the bytes of all storages allocated within it, by kind, and keeps the highest sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,11 +129,11 @@ class Ledger(TorchDispatchMode):
         self.start_over()
 
     def start_over(self) -> None:
-        """Forgets the peaks until now."""
+        """Forgets the peaks so far."""
         self._peak, self.at_peak, self.peak_of_kind = self._total, dict(self.now), dict(self.now)
 
     def __enter__(self) -> "Ledger":
-        # FSDP2 frees and takes memory by resizing storages, which no operator of torch shows.
+        # FSDP2 frees and allocates memory by resizing storages, which no torch operator shows.
         self._resize, ledger = torch.UntypedStorage.resize_, self
 
         def resize(storage: torch.UntypedStorage, size: int) -> None:
@@ -154,7 +154,7 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # comes back with local tensors
         out = function(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
-            # FSDP2's and the model's descriptions of parameters live on the meta device on real ranks, too.
+            # FSDP2 and the model describe parameters by tensors on the meta device, on real ranks too.
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self._note(leaf.untyped_storage())
         return out
@@ -181,11 +181,11 @@ class Ledger(TorchDispatchMode):
 
 
 def kind_of(frame: FrameType | None) -> str:
-    """What a storage is for that is made in `frame`, by the first frame outwards that KINDS knows."""
+    """What a storage made in `frame` is for, according to the innermost frame that KINDS knows."""
     while frame is not None:
         module, names = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname.split(".")
         for known, name, kind in KINDS:
-            # A comprehension's frame has not the names of the function around it.
+            # A comprehension's frame lacks the local names of the function around it.
             if module == known and names[-1][0] != "<" and any(part.startswith(name) for part in names):
                 return _finer(kind, frame)
         frame = frame.f_back

@@ -1,9 +1,8 @@
-"""`python -m benchmarks.limit`: the least time that a step can take on this device, and where the rest of it
-goes.
+"""`python -m benchmarks.limit`: the least time that a step can take on this device, and where the rest goes.
 
-The floor is the matrix products at the rates measured for the model's own shapes, attention's causal half at
-the best of these rates, and the optimizer's traffic at the measured memory bandwidth; everything else is
-counted as free. The breakdown is torch.profiler's, by group.
+The floor is the time of the matrix products at the rates measured for the model's own shapes, of attention's
+causal half at the best of these rates, and of the optimizer's traffic at the measured memory bandwidth;
+everything else counts as free. The breakdown is torch.profiler's, by group.
 """
 
 import re
@@ -35,12 +34,12 @@ from nanogpt.train import DTYPES
 
 OPTIMIZER_PASSES = 7  # reads gradient, parameter and two moments, writes the last three: fp32
 BANDWIDTH_BYTES = 256 << 20  # far beyond any cache
-CUDA_CALLS = 20  # a launch and a wait for it take as long as a small product
+CUDA_CALLS = 20  # launching one and waiting for it takes as long as a small product
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 
 GROUPS = {
-    # Batched products and a softmax by itself are attention where it is not one kernel; the last two go with
-    # cuDNN's backward pass.
+    # Batched products and a separate softmax are attention that is not one kernel; the last two patterns are
+    # of cuDNN's backward pass.
     "attention": r"attention|by_products|^aten::(bmm|baddbmm|_softmax)|flash|fmha|cudnn.*sdpa"
     r"|softmax_backward.*attn|compute_dot_do_o|convert_dq",
     "matmul": r"^aten::(mm|addmm)|gemm|xmma|cutlass|nvjet|splitk|linear|mkldnn|matmul",
@@ -48,13 +47,13 @@ GROUPS = {
     "optimizer": r"adam|_foreach|sqrt|addcdiv|addcmul|norm\b|lpnorm|fused.*pow",
     "copies": r"copy|memcpy|memset|\bcat|clone|contiguous|zero_|fill_|aten::to$",
 }
-"""Names of operators and kernels by what they do; the first that fits. What fits none is elementwise work."""
+"""Names of operators and kernels by what they do; the first match counts. No match is elementwise work."""
 FUSED = re.compile(r"(cpp|triton)_.*fused_")
 FUSED_GROUPS = {"loss": r"logsumexp|softmax|nll|gather", "optimizer": r"lerp"}
-"""The same for kernels that Inductor has fused: a copy in such a name is a cast on the way, AdamW's means are
-lerps. What fits none is elementwise work of blocks: norms, GELU, residuals."""
+"""The same for kernels that Inductor has fused: a copy in such a name is only a cast on the way, and AdamW's
+means are lerps. No match is elementwise work of blocks: norms, GELU, residuals."""
 AROUND = re.compile(r"Torch-Compiled|CompiledFunction|CompiledFxGraph|## Call|AOTDispatcher|TorchDynamo")
-"""What calls compiled graphs; their kernels have names of their own."""
+"""Names of whatever calls compiled graphs; the graphs' kernels have names of their own."""
 
 
 class Product(NamedTuple):
@@ -68,7 +67,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """FLOPs of all of them."""
+        """FLOPs of all `count` products."""
         return 2 * self.m * self.k * self.n * self.count
 
 
@@ -136,7 +135,7 @@ def products_of(model: GPT2Config, rows: int) -> list[Product]:
 
 
 def seconds_of(function: Callable[[], Tensor], device: str, *, repeats: int = 5) -> float:
-    """The best of `repeats` timings after one that warms up; on CUDA of many calls each, back to back."""
+    """The best of `repeats` timings after a warm-up; on CUDA each is the mean of many calls, back to back."""
     calls = 1 if device == "cpu" else CUDA_CALLS
     timings = []
     for _ in range(repeats + 1):
@@ -167,7 +166,7 @@ def memory_bandwidth(device: str) -> float:
 
 
 class Rates(NamedTuple):
-    """What the device did at best."""
+    """The best that the device did."""
 
     products: dict[str, float]
     """FLOP/s by product."""
@@ -175,24 +174,24 @@ class Rates(NamedTuple):
     """Bytes a second."""
 
     def or_higher(self, other: "Rates") -> "Rates":
-        """The better of both, one by one."""
+        """The higher of both, rate by rate."""
         products = {name: max(rate, other.products[name]) for name, rate in self.products.items()}
         return Rates(products, max(self.memory, other.memory))
 
 
 def rates_of(work: Work) -> Rates:
-    """What this device does now, which other programs can only make less."""
+    """What this device does now; other programs can only make it less."""
     products = products_of(work.model, work.batch_size * work.model.block_size)
     rates = {product.name: product_rate(product, work) for product in products}
     return Rates(rates, memory_bandwidth(work.device))
 
 
 def floor_of(work: Work, rates: Rates) -> dict[str, Any]:
-    """Seconds by kind that a step cannot go below, and the rates that say so."""
+    """Seconds, by kind, that a step cannot go below, and the rates that they follow from."""
     model, rows = work.model, work.batch_size * work.model.block_size
     products = products_of(model, rows)
-    # Scores and their product with the values, forward 2 and backward 5 products (scores once more), half of
-    # each.
+    # Half of each of 7 products: forward, scores and their product with the values; 5 backward, with the
+    # scores once more.
     attention_flops = 7 * model.n_layer * model.n_embd * model.block_size * rows
     seconds = {
         "matmul": work.accumulation
@@ -209,7 +208,7 @@ def floor_of(work: Work, rates: Rates) -> dict[str, Any]:
 
 
 def group_of(name: str) -> str:
-    """What an operator or kernel of this name does."""
+    """The group of an operator or kernel with this name."""
     if AROUND.search(name):
         return "around graphs"
     lowered = name.lower()
@@ -218,7 +217,7 @@ def group_of(name: str) -> str:
 
 
 def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
-    """Seconds of a step by group, and "idle" where the device did nothing that the profiler saw."""
+    """Seconds of a step by group; "idle" is time in which the profiler saw the device do nothing."""
     inductor.cpp.enable_kernel_profile = True  # or a CPU's compiled kernels would all be "around graphs"
     batches, step = batches_of(work), CONTENDERS[contender](work)
     is_cuda = work.device != "cpu"
@@ -239,7 +238,7 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
     top: dict[str, float] = {}
     for event in profiler.key_averages():
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if is_cuda != on_device or event.is_user_annotation:  # a range around kernels that are counted too
+        if is_cuda != on_device or event.is_user_annotation:  # a range around kernels that are counted anyway
             continue
         own_s = (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e6 / steps
         group = group_of(event.key)
@@ -256,7 +255,7 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
 
 
 def benchmark(config: LimitConfig) -> dict[str, Any]:
-    """Floor, by the best rates before and after the steps; breakdown, and how much of a step the floor is."""
+    """The floor, by the best rates before and after the steps; the breakdown; the floor's share of a step."""
     check_imports(config.contender)
     work = work_of(config)
     before = rates_of(work)

@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """The median of `values` and how far they lie around it."""
+    """The median of `values` and how far they spread around it."""
     values = sorted(values)
     if len(values) == 1:
         return Spread(*[values[0]] * 5, 1)
@@ -57,7 +57,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What a number has to be read with: hardware, versions, commit, command, date, load."""
+    """What one must know to interpret a number: hardware, versions, commit, command, date, load."""
     hardware = perf.detect(torch.device(device))
     return {
         "device": device,
@@ -84,7 +84,7 @@ def command_name() -> str:
 
 
 def say(text: str) -> None:
-    """Progress, for whoever waits: not part of the result."""
+    """Prints progress on stderr: it is not part of the result."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:
-    """Raises UserError for a value below `least`, called as its flag is; None leaves the choice to others."""
+    """Raises UserError for a value below `least`, naming its flag; None leaves the choice to the program."""
     for name, value in values.items():
         numbers = value if isinstance(value, tuple) else (least if value is None else value,)
         if min(numbers, default=least - 1) < least:
@@ -115,7 +115,7 @@ def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None
 
 
 def require_some(**values: tuple[object, ...] | None) -> None:
-    """Raises UserError for a flag of several values that is given none; None leaves the choice to others."""
+    """Raises UserError for a flag of several values without any; None leaves the choice to the program."""
     for name, value in values.items():
         if value == ():
             words = name.split("_")
@@ -125,8 +125,10 @@ def require_some(**values: tuple[object, ...] | None) -> None:
 
 
 def choose_device(device: str | None) -> str:
-    """ "cpu" or "cuda": `device`, or the GPU where there is one. Raises UserError for any other, and where
-    there is no GPU and one is wanted."""
+    """`device`, "cpu" or "cuda"; for None the GPU if there is one, else the CPU.
+
+    Raises UserError for any other device, and for "cuda" if there is no GPU.
+    """
     if device not in (None, "cpu", "cuda"):
         raise UserError(
             f"device is {device!r}, expected cpu or cuda; set --device, and CUDA_VISIBLE_DEVICES to the "
@@ -139,7 +141,7 @@ def choose_device(device: str | None) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program as a run ends, and takes every wrong value and file for the user's mistake."""
+    """Ends the program as a run ends; every ValueError and OSError counts as the user's mistake."""
     with mistakes_in_a_sentence():
         try:
             yield

@@ -1,8 +1,8 @@
 """`python -m benchmarks.parts`: what the pieces around the step cost.
 
-The optimizer beside `torch.optim.AdamW(fused=True)`, the loss beside the usual one over all logits, a
-checkpoint's save and restore, and sampling with the cache and without. The loader and prepare have commands
-of their own.
+It times the optimizer next to `torch.optim.AdamW(fused=True)`, the loss next to the usual one over all
+logits, saving and restoring a checkpoint, and sampling with and without the cache. The loader and prepare
+have commands of their own.
 """
 
 import tempfile
@@ -51,7 +51,7 @@ class PartsConfig:
     tokens: int = 1024
     """Tokens of the loss, at least 1."""
     new_tokens: int = 32
-    """Tokens to sample, from 1 to what fits the model after a prompt of 8; without a cache as many again."""
+    """Tokens to sample, with the cache and again without: from 1 to what fits after a prompt of 8."""
     repeats: int = 5
     """Timings of each part, at least 2, in turns."""
     compile: bool = True
@@ -78,7 +78,7 @@ class PartsConfig:
 
 
 def timed_in_turns(parts: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each part, one after the other and again; the first round warms up and is left out."""
+    """Seconds of each part, timed in rounds of all parts; the first round is a warm-up and is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(repeats + 1):
         for name, part in parts.items():
@@ -92,8 +92,10 @@ def timed_in_turns(parts: dict[str, Callable[[], Any]], repeats: int, device: st
 
 
 def optimizer_parts(params: Params, compile: bool) -> dict[str, Callable[[], Any]]:
-    """One update of all parameters, ours (as the step does it, leaf by leaf in the state's memory) and
-    torch's; gradients are constant."""
+    """One update of all parameters: ours (as in the step, leaf by leaf in the state's memory) and torch's.
+
+    Gradients are constant.
+    """
     b1, b2 = BETAS
     grads = tree.map(lambda leaf: torch.full_like(leaf, 1e-3), params)
     ours = optim.adamw(SCHEDULE, b1=b1, b2=b2, weight_decay=WEIGHT_DECAY)
@@ -111,8 +113,10 @@ def optimizer_parts(params: Params, compile: bool) -> dict[str, Callable[[], Any
 def loss_parts(
     config: GPT2Config, params: Params, tokens: int, compile: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Loss and gradients by features and head in the dtype that trains: ours in chunks, and all logits at
-    once by autograd."""
+    """The loss and its gradients: ours in chunks, and autograd's over all logits at once.
+
+    The gradients are those of features and head, in the dtype that trains.
+    """
     device = params["wte.weight"].device
     precision = perf.default_precision(perf.detect(device))
     dtype = DTYPES[precision]
@@ -142,7 +146,7 @@ def loss_parts(
 
 
 def checkpoint_seconds(config: GPT2Config, device: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds until a save lets the run go on, until it is on disk, and of a restore."""
+    """Seconds until a save lets the run go on, until it is on disk, and for a restore."""
     state = init_state(config, optim.adamw(1e-3), torch.Generator(device).manual_seed(SEED))
     seconds: dict[str, list[float]] = {"save, run waits": [], "save, on disk": [], "restore": []}
     with tempfile.TemporaryDirectory(prefix="nanogpt-checkpoint-") as folder:
@@ -161,7 +165,7 @@ def checkpoint_seconds(config: GPT2Config, device: str, repeats: int) -> dict[st
 
 
 def sampling_parts(config: GPT2Config, params: Params, new_tokens: int) -> dict[str, Callable[[], Any]]:
-    """Greedy tokens after a short prompt, with the cache and by the whole model for each token."""
+    """Greedy tokens after a short prompt: with the cache, and with a full forward pass for each token."""
     prompt = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64, device=params["wte.weight"].device)
 
     def without_cache() -> Tensor:

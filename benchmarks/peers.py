@@ -1,11 +1,11 @@
 """`python -m benchmarks.peers`: the same training step by us and by others, turn by turn in one run.
 
-Each contender lives in a process of its own and they take turns, one step each (eight on CUDA), so that
-whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn. MFU is of the peak
-of perf.peak_flops; where that is measured, of the best one measured before and between the turns. That is the
-rate of the best moment, and a step lasts for many: on a CPU a bare matrix product takes turns too, for as
+Each contender runs in a process of its own and they take turns, one step each (eight on CUDA), so that
+whatever disturbs the machine disturbs all of them. Ratios are of times in the same turn. MFU is relative to
+perf.peak_flops or, if that is measured, to the best one measured before and between the turns. This is the
+rate of the best moment, and a step lasts for many. So on a CPU a bare matrix product takes turns too, for as
 many FLOPs as a step has, and a contender's rate is also given as a share of the product's in the same turn.
-Whoever fails but ours is left out from then on, and the table says why.
+A contender that fails is left out from then on, and the table says why; ours must not fail.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from nanogpt.units import format_bytes
 
 QUICK = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
 EQUAL_WORK = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 2e-2}
-"""How far losses after the same steps may lie apart; in fp32, what padded columns take of the softmax."""
+"""How far losses may differ after the same steps: in fp32, by what padded columns take of the softmax."""
 PRODUCT = "a bare product"
 PRODUCT_SHAPE = (8192, 768, 4 * 768)  # of perf.measured_matmul_flops
 PRODUCT_LIMIT_S = 30.0
@@ -159,22 +159,24 @@ def compare(config: PeersConfig) -> dict[str, Any]:
 
 
 def contenders_of(config: PeersConfig) -> list[str]:
-    """Who takes part. Raises UserError for one whose package is not here."""
+    """The contenders that take part. Raises UserError for one whose package is not installed."""
     names = config.contenders or installed_contenders()
     check_installed(*names)
     return list(names)
 
 
 class Field:
-    """Who still takes part, and why others do not any more."""
+    """The contenders that still take part, and why others no longer do."""
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
     def ask(self, name: str, method: str, *arguments: Any) -> Any:
-        """What the contender's method returns; None where it fails and so is out. Raises WorkerError where it
-        is ours that fails."""
+        """What the contender's method returns; None if it fails, after which it no longer takes part.
+
+        Raises WorkerError if ours fails.
+        """
         try:
             return self.workers[name].ask(method, *arguments)
         except WorkerError as error:
@@ -187,13 +189,13 @@ class Field:
 
 
 def bare_product_rate(work: Work) -> float:
-    """FLOP/s of one product after the other, as many FLOPs as a step has.
+    """FLOP/s of a product that is repeated for as many FLOPs as a step has.
 
-    They stop after 30 s: some CPUs emulate a precision slowly.
+    Stops after 30 s, since some CPUs emulate a precision slowly.
     """
     (m, k, n), dtype = PRODUCT_SHAPE, DTYPES[work.precision]
     x, weight = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
-    out = x @ weight  # its threads have started then, and its pages are there
+    out = x @ weight  # starts its threads and touches its pages
     wanted, done, begin = step_flops(work), 0, time.perf_counter()
     while done < wanted and time.perf_counter() - begin < PRODUCT_LIMIT_S:
         torch.mm(x, weight, out=out)
@@ -202,12 +204,12 @@ def bare_product_rate(work: Work) -> float:
 
 
 def step_flops(work: Work) -> float:
-    """Of a whole step, as MFU counts them."""
+    """FLOPs of a whole step, as MFU counts them."""
     return work.tokens * perf.flops_per_token(work.model, work.model.block_size)
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -215,7 +217,7 @@ def version_of(package: str) -> str | None:
 
 
 def check_equal_work(losses: dict[str, float], work: Work) -> None:
-    """Raises AssertionError where losses after equally many steps differ: it is not the same work."""
+    """Raises AssertionError if losses after equally many steps differ: then the work is not the same."""
     for name, loss in losses.items():
         apart = abs(loss - losses["ours"])
         assert name == "litgpt" or apart < EQUAL_WORK[work.precision], (
@@ -233,8 +235,11 @@ def contender_result(
     start: Started,
     memory: Memory,
 ) -> dict[str, Any]:
-    """One contender's numbers; `speedup_of_ours` is its time over ours in the same turn, `share_of_product`
-    its FLOP/s over those of a bare product in the same turn, where there was one."""
+    """One contender's numbers.
+
+    `speedup_of_ours` is its time over ours in the same turn; `share_of_product` its FLOP/s over those of the
+    bare product in the same turn, if there was one.
+    """
     step, flops = spread(seconds), step_flops(work)
     pairs = zip(seconds, product_rates, strict=bool(product_rates))
     shares = [flops / taken / rate for taken, rate in pairs]

@@ -1,5 +1,4 @@
-"""Pictures of a report's results, as SVG: speed by micro-batch, memory by kind, step breakdown, roofline,
-scaling."""
+"""A report's results as SVG: speed by micro-batch, memory by kind, step breakdown, roofline, scaling."""
 
 import io
 import itertools
@@ -21,7 +20,7 @@ KIND_COLORS = {"published": "#9aa5b1", "claimed": "#d8dde3", "predicted": "#ffff
 
 
 def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
-    """(caption, SVG) by the benchmark that they belong to."""
+    """(caption, SVG) of each picture, by the benchmark that it belongs to."""
     drawings: list[tuple[str, Callable[[Axes, Result], None], str]] = [
         ("throughput", draw_speed, "Tokens a second by sequences in a microstep."),
         ("throughput", draw_memory, "Memory of a step: planned by kind, and measured (marks)."),
@@ -40,7 +39,7 @@ def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
 
 
 def has_rows(result: Result) -> bool:
-    """Whether one of its rows was measured, where it has rows."""
+    """Whether one of its rows was measured, or it has no rows to begin with."""
     return "rows" not in result or any("error" not in row for row in result["rows"])
 
 
@@ -57,7 +56,7 @@ def svg_of(draw: Callable[[Axes, Result], None], result: Result) -> str:
 
 
 def draw_speed(axes: Axes, result: Result) -> None:
-    """Tokens/s against the micro-batch, a line for each other choice."""
+    """Tokens/s against the micro-batch, with a line for each combination of the other options."""
     lines: dict[str, list[tuple[int, Result]]] = {}
     for row in result["rows"]:
         if "error" not in row:
@@ -88,7 +87,7 @@ def draw_memory(axes: Axes, result: Result) -> None:
     plans = []
     for row in rows:
         work = row["work"]
-        here = chunk_tokens_of(work["device"], work["precision"])  # older reports do not say what was there
+        here = chunk_tokens_of(work["device"], work["precision"])  # for older reports, which do not say
         plans.append(
             perf.memory_plan(
                 GPT2Config(**work["model"]),
@@ -142,7 +141,7 @@ def draw_breakdown(axes: Axes, result: Result) -> None:
 
 
 def draw_roofline(axes: Axes, result: Result) -> None:
-    """Measured FLOP/s of each product by its FLOPs a byte, under what memory and the best product allow."""
+    """Measured FLOP/s of each product by its FLOPs per byte, under the roof that memory and the best set."""
     work = Work(**{**result["work"], "model": GPT2Config(**result["work"]["model"])})
     rates = result["floor"]["product_flops_per_second"]
     bandwidth, best = result["floor"]["bandwidth_bytes_per_second"], max(rates.values())

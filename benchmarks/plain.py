@@ -1,7 +1,7 @@
 """GPT-2 as most people write it: one `nn.Module` that owns its weights, trained in place.
 
 The architecture of nanoGPT: `nn.Linear`, fused attention, all logits at once, and the vocabulary padded to a
-multiple of 128, since the padded head is the faster one.
+multiple of 128, since a padded head is faster.
 """
 
 import torch

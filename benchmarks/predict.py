@@ -1,12 +1,11 @@
-"""`python -m benchmarks.predict`: tokens/s and memory on hardware that is not at hand, beside what others
-published.
+"""`python -m benchmarks.predict`: tokens/s and memory on hardware not at hand, next to published results.
 
 The model: a step's matrix products and attention run at a share of the data sheet's rate, its elementwise
 work and its optimizer move bytes at a share of the data sheet's bandwidth, and the gradients' all-reduce is a
 ring, hidden behind backward as far as that lasts. Every row says whether it is measured, published, claimed
-or predicted; predictions carry the model's error on the published runs, and a measured row says how far the
-model was from it. Where one GPU was measured, several of its kind are predicted from that as well: its step,
-and what the all-reduce adds. Memory is that of a rank in `benchmarks.dry_run`, which
+or predicted; predictions carry the model's error on the published runs, and a measured row says how far off
+the model was. If one GPU was measured, several of its kind are also predicted from that measurement: its step
+plus what the all-reduce adds. Memory is that of a rank in `benchmarks.dry_run`, which
 `python -m benchmarks.sharding` compares with real processes.
 """
 
@@ -26,12 +25,12 @@ from nanogpt.units import format_bytes
 
 EPOCH_TOKENS = 9_035_582_198  # OpenWebText, without the validation part
 MATMUL_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.70, 0.75, 0.70
-"""Of the data sheet's rates; round numbers, the same for all GPUs; the error that they leave is reported."""
+"""Fractions of the data sheet's rates: round numbers, the same for all GPUs; the error left is reported."""
 ELEMENTWISE_NUMBERS = 44
-"""Numbers of n_embd that a block's norms, GELU, residuals and attention read and write for a token, both
-ways."""
+"""Numbers that a block's norms, GELU, residuals and attention read and write per token, forward and backward,
+in units of n_embd."""
 LOGIT_BYTES = 10
-"""Read and written for a logit: made, its softmax, its gradient, which two products read."""
+"""Read and written per logit: the logit itself, its softmax, and its gradient, which two products read."""
 
 
 class Gpu(NamedTuple):
@@ -39,9 +38,9 @@ class Gpu(NamedTuple):
 
     sheet: str
     bandwidth: float
-    """Of its memory, bytes a second."""
+    """Of its memory, in bytes per second."""
     nvlink: float
-    """To the GPUs of its node, bytes a second in one direction."""
+    """To the GPUs of its node, in bytes per second and direction."""
 
 
 GPUS = {
@@ -50,11 +49,11 @@ GPUS = {
 }
 """Sources: NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM."""
 NETWORK = 50e9
-"""Bytes a second and GPU between nodes: one 400 Gbit/s adapter for each."""
+"""Bytes per second and GPU between nodes: each GPU has a 400 Gbit/s adapter."""
 
 
 class Machine(NamedTuple):
-    """GPUs and how they are spread."""
+    """GPUs, and how many nodes they are spread over."""
 
     gpu: str
     count: int
@@ -78,7 +77,7 @@ class Published(NamedTuple):
     tokens_per_second: float
     source: str
     kind: str = "published"
-    """"claimed" where nobody says how it was measured."""
+    """"claimed" if nobody says how it was measured."""
 
 
 PUBLISHED = [
@@ -104,7 +103,7 @@ PUBLISHED = [
         "KellerJordan/modded-nanogpt README: llm.c took 45 minutes for 10 B tokens",
     ),
 ]
-CALIBRATED_ON = "llm.c"  # the others leave much on the table, which says nothing about the hardware
+CALIBRATED_ON = "llm.c"  # the others are far from the limit, which says nothing about the hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ class PredictConfig:
 
 def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:
     """Seconds of forward and backward over `tokens` tokens."""
-    # The data sheet counts the FLOPs that are done: a causal kernel skips half of attention's.
+    # Only FLOPs that are really done take time: a causal kernel skips half of attention's.
     flops = (
         6 * perf.parameter_count(config, positions=False)
         + 6 * config.n_layer * config.n_embd * config.block_size
@@ -138,8 +137,10 @@ def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:
 
 
 def optimizer_s(config: GPT2Config, gpu: Gpu) -> float:
-    """Seconds of an update: fp32 gradient, parameter and moments read, the last three written, and the norm
-    before."""
+    """Seconds of an update, in fp32: the norm reads the gradient first, then the update reads it again.
+
+    It also reads parameter and two moments, and writes these three.
+    """
     return 8 * 4 * perf.parameter_count(config) / (BANDWIDTH_SHARE * gpu.bandwidth)
 
 
@@ -164,14 +165,16 @@ def step_s(config: GPT2Config, machine: Machine, *, total_batch_size: int, batch
 def exposed_s(
     config: GPT2Config, machine: Machine, compute: float, *, tokens: float, batch_size: int
 ) -> float:
-    """Seconds of the all-reduce beyond the two thirds of the last microstep (its backward) that can hide it;
-    `compute` seconds go to a GPU's `tokens`."""
+    """Seconds of the all-reduce that the last microstep's backward, two thirds of it, cannot hide.
+
+    `compute` is the seconds that a GPU takes for its `tokens`.
+    """
     last = compute * min(1.0, batch_size * config.block_size / tokens)
     return max(0.0, all_reduce_s(config, machine) - last * 2 / 3)
 
 
 def predictions(config: PredictConfig, model: GPT2Config) -> dict[str, float]:
-    """Tokens a second of each machine."""
+    """Tokens per second of each machine."""
     return {
         name: config.total_batch_size
         / step_s(model, machine, total_batch_size=config.total_batch_size, batch_size=config.batch_size)
@@ -180,7 +183,7 @@ def predictions(config: PredictConfig, model: GPT2Config) -> dict[str, float]:
 
 
 def error_on_published(predicted: dict[str, float]) -> dict[str, float]:
-    """Prediction over publication, less one, for the runs of CALIBRATED_ON."""
+    """Predicted over published rate, minus one, for the runs of CALIBRATED_ON."""
     return {
         f"{run.who}, {run.machine}": predicted[run.machine] / run.tokens_per_second - 1
         for run in PUBLISHED
@@ -205,7 +208,7 @@ def row_of(kind: str, who: str, machine: str, rate: float, model: GPT2Config, no
 
 
 def benchmark(config: PredictConfig) -> dict[str, Any]:
-    """Published, predicted and (where given) measured rows."""
+    """Published, predicted and (if given) measured rows."""
     model = GPT2Config.named("gpt2")
     predicted = predictions(config, model)
     errors = error_on_published(predicted)
@@ -268,8 +271,10 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
 def measured_rows(
     config: PredictConfig, path: Path, predicted: dict[str, float], model: GPT2Config
 ) -> list[dict[str, Any]]:
-    """The fastest row that was measured on one of the GPUs above, with the model's error on it, and what that
-    makes several of them."""
+    """The fastest row that was measured on one of the GPUs above, with the model's error on it.
+
+    After it come predictions for several such GPUs, made from this measurement.
+    """
     hardware, rates = measured_rates(path, model)
     sheet = perf.sheet_key(hardware)
     gpu = next((name for name, gpu in GPUS.items() if gpu.sheet == sheet), None)

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.prepare`: speed of `python -m nanogpt.prepare` beside the bare tokenizer.
+"""`python -m benchmarks.prepare`: speed of `python -m nanogpt.prepare`, compared with the bare tokenizer.
 
-The corpus is the source's documents over and over. The command is timed from its start to its end. The bare
-tokenizer has all texts in memory and its processes started, and throws the ids away. Rounds take turns.
+The corpus repeats the source's documents. The command is timed from start to end. The bare tokenizer begins
+with all texts in memory and its processes started, and discards the ids. Each round times them all in turn.
 """
 
 import json
@@ -62,12 +62,12 @@ class PrepareBenchmark:
 
     @property
     def small(self) -> "PrepareBenchmark":
-        """The same of a corpus that takes seconds."""
+        """The same with a corpus that takes seconds."""
         return replace(self, megabytes=2, workers=(2,), rounds=1)
 
 
 def source_texts(path: Path | None) -> list[str]:
-    """The texts to repeat. Raises UserError where the file holds none, or something else."""
+    """The texts to repeat. Raises UserError if the file holds none, or something else."""
     if path is None:
         return bundled_text().split("\n\n")
     try:
@@ -79,7 +79,7 @@ def source_texts(path: Path | None) -> list[str]:
             f"{path} cannot be read as JSON lines with a text ({type(error).__name__}: {error}); set another "
             f"--source, or leave it out for the bundled plays"
         ) from error
-    if is_empty:  # and could be repeated for ever
+    if is_empty:  # and would be repeated forever
         raise UserError(f"{path} has no text, expected at least one character; set another --source")
     return texts
 
@@ -120,7 +120,7 @@ def measure(
             assert total == tokens + sum(manifest.documents.values()), (
                 "other tokens than the bare tokenizer's"
             )
-            rates[kind].append(tokens / seconds)  # of the same ones; ends of text come for nothing
+            rates[kind].append(tokens / seconds)  # the same tokens: ends of text do not count
             peak = max(peak, used)
         done = ", ".join(f"{what} {format_count(values[-1])}" for what, values in rates.items())
         say(f"round {number + 1}, {engine}, {workers} workers, tokens/s: {done}")
@@ -146,11 +146,11 @@ def bare(texts: list[str], engine: str, workers: int) -> tuple[int, float]:
 
 
 def keep(barrier: object) -> None:
-    bare_share.barrier = barrier  # a barrier travels only to a process that starts
+    bare_share.barrier = barrier  # a barrier can only be passed to a process as it starts
 
 
 def bare_share(texts: list[str], engine: str) -> tuple[int, float, float]:
-    """Tokens, and when the work began and ended: after the tokenizer was built and everybody was ready."""
+    """Tokens, and when the work began (the tokenizer built and all processes ready) and ended."""
     lists = list(batches(texts))
     encode = partial(encode_each, gpt2()) if engine == "tiktoken" else fastokens_encoder()
     bare_share.barrier.wait()
@@ -178,7 +178,7 @@ def command(source: Path, out: Path, engine: str, workers: int) -> tuple[float, 
 
 
 def peak_resident_bytes(pid: int, ended: threading.Event) -> int:
-    """The largest of what `resident_bytes` says every POLL_S, which takes little of the machine's time."""
+    """The largest `resident_bytes`, polled every POLL_S, which takes little of the machine's time."""
     peak = 0
     while not ended.wait(POLL_S):
         peak = max(peak, resident_bytes(pid))
@@ -186,7 +186,7 @@ def peak_resident_bytes(pid: int, ended: threading.Event) -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process and all below it, shared pages counted once for each; 0 where it has ended."""
+    """Of a process and all its descendants, counting shared pages once for each; 0 if it has ended."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])

@@ -23,7 +23,7 @@ from nanogpt.train import TrainState, init_state
 TIMEOUT = timedelta(minutes=30)
 TINY = GPT2Config(vocab_size=256, block_size=64, n_layer=1, n_head=2, n_embd=64)
 EXACT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""The C library hands every larger piece of memory back when it is freed: resident is what is in use."""
+"""Makes the C library return every larger block as soon as it is freed: what is resident is in use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Layout:
     """Processes on this machine and what they do; one process alone is not sharded."""
 
     work: Work
-    """`batch_size` are the sequences of one rank."""
+    """Its `batch_size` counts the sequences of one rank."""
     replicate: int = 1
     shard: int = 1
     reshard_after_forward: bool = False
@@ -49,7 +49,7 @@ class Resident(NamedTuple):
     rest: int
     """Between steps."""
     peak: int
-    """The most during steps, after two that allocators settle in."""
+    """The most during steps, after two in which allocators settle."""
 
 
 class Save(NamedTuple):
@@ -78,7 +78,7 @@ class Rank:
             self.mesh = sharding.make_mesh("cpu", (layout.replicate, layout.shard))
 
     def start(self) -> float:
-        """Builds the step and takes three; seconds of the first one."""
+        """Builds the step, takes three steps, and returns the seconds of the first one."""
         self.build(self.layout.work)
         first_step_s, *_ = self.turn(3)
         return first_step_s
@@ -88,7 +88,7 @@ class Rank:
         generator = torch.Generator().manual_seed(SEED)
         self.state = init_state(work.model, optimizer, generator, mesh=self.mesh)
         self.batches = batches_of(work, self.rank, self.layout.size)
-        # The step gives the state's memory back with new values in it, so `self.state` stays the newest.
+        # The step writes new values into the state's own memory, so `self.state` stays the newest.
         self.step = step_of(
             self.state,
             optimizer,
@@ -98,7 +98,7 @@ class Rank:
         )
 
     def turn(self, steps: int) -> list[float]:
-        """Seconds of each step; the loss that ends it is of all ranks, so none is ahead."""
+        """Seconds of each step; it ends with the loss of all ranks, so no rank is ahead."""
         seconds = []
         for _ in range(steps):
             begin = time.perf_counter()
@@ -111,11 +111,11 @@ class Rank:
         return self.loss
 
     def bytes_at_rest(self) -> int:
-        """Of the state's storages that this rank holds."""
+        """Bytes of the state's storages that this rank holds."""
         return state_bytes(sharding.local(self.state))
 
     def saves(self, folder: Path, count: int) -> list[Save]:
-        """Timings of `count` checkpoints after one that loads the library."""
+        """Timings of `count` checkpoints, after one that loads the library."""
         timings, checkpointer = [], Checkpointer(folder, keep=1)
         for step in range(1, count + 2):
             begin = time.perf_counter()
@@ -127,7 +127,7 @@ class Rank:
         return timings[1:]
 
     def resident(self, steps: int) -> Resident:
-        """Builds the step and measures this process; before it, a tiny one loads what every step needs."""
+        """Builds the step and measures this process, after a tiny step has loaded what every step needs."""
         self.build(replace(self.layout.work, model=TINY))
         self.turn(2)
         del self.state, self.step
@@ -143,13 +143,13 @@ class Rank:
 
 
 def state_bytes(state: TrainState) -> int:
-    """Of all storages in a tree of plain tensors, each once."""
+    """Bytes of all storages in a tree of plain tensors, each counted once."""
     storages = {leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes() for leaf in tree.leaves(state)}
     return sum(storages.values())
 
 
 class Job:
-    """All ranks of a layout: what is asked of them, all do at the same time."""
+    """All ranks of a layout; whatever they are asked to do, they do at the same time."""
 
     def __init__(self, ranks: list[Served]) -> None:
         self.ranks = ranks
@@ -163,8 +163,8 @@ class Job:
 
 @contextlib.contextmanager
 def started(layout: Layout, *, exact_malloc: bool = False) -> Iterator[Job]:
-    """The processes of a layout; they end when it is left."""
-    # Threads that spin for work would take the cores from whoever's turn it is.
+    """The processes of a layout; they end when the context is left."""
+    # Threads that spin while they wait for work would take the cores from whoever's turn it is.
     environment = {"OMP_NUM_THREADS": str(layout.threads), "OMP_WAIT_POLICY": "passive"}
     environment |= EXACT_MALLOC if exact_malloc else {}
     with contextlib.ExitStack() as stack:

@@ -1,8 +1,7 @@
-"""`python -m benchmarks.report`: measures this machine and writes benchmarks/reports/NAME.md, .html and
-.json.
+"""`python -m benchmarks.report`: measures this machine, writes benchmarks/reports/NAME.md, .html and .json.
 
-Every number comes from a command of `COMMANDS`, run one after the other and named beside its result; what
-failed is named too. `--render NAME.json` writes the pages again from what was measured.
+Every number comes from one of `COMMANDS`, which run one after the other and are named beside their results,
+or beside their failures. `--render NAME.json` writes the pages again from what was measured.
 """
 
 import html
@@ -77,16 +76,16 @@ COMMANDS = {
         "predict": "--measured {json}",
     },
 }
-"""Arguments of each benchmark by device, which is named before them. {json} is the report so far, {batch}
-what `batch_for` says, {tokens} its tokens, and {batches} are it, half and a quarter of it."""
+"""Arguments of each benchmark by device; --device is put before them. {json} is the report so far, {batch}
+what `batch_for` returns, {tokens} its tokens, and {batches} this batch, half and a quarter of it."""
 LARGEST_BATCH, SMALLEST_BATCH = 64, 4
 BYTES_A_SEQUENCE = 1.25e9
-"""Of a GPU's memory, for 1,024 tokens: more than twice what the largest peer's step takes in the report of an
-H100, since the others' states lie there as well."""
+"""GPU memory for a sequence of 1,024 tokens: more than twice what the largest peer's step takes in the report
+of an H100, since the other peers' states are in memory as well."""
 SAME_MACHINE = ("device", "hardware", "cores", "bf16_fast")
-"""Facts that all that is measured in a report has in common."""
+"""Facts that all measurements in a report have in common."""
 ON_A_DEVICE = ("throughput", "peers", "limit", "parts")
-"""Benchmarks that have --device; the others are the CPU's."""
+"""Benchmarks that have --device; the others run on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class ReportConfig:
     out: Path = REPORTS
     """Folder to write to."""
     only: tuple[str, ...] = tuple(TITLES)
-    """Benchmarks to run; the others' results stay what an older report of this name has."""
+    """Benchmarks to run; the results of the others stay as they are in an older report of this name."""
     arguments: tuple[str, ...] = ()
     """Benchmarks with other arguments than their usual ones: --arguments "peers --batch-size 1"."""
     render: Path | None = None
@@ -133,7 +132,7 @@ class ReportConfig:
 
 
 def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
-    """The JSON of a benchmark that is run as a user would; an "error" where it failed."""
+    """The JSON of a benchmark, run as a user would run it; with an "error" if it failed."""
     say(f"python -m benchmarks.{name} {arguments}")
     command = [sys.executable, "-m", f"benchmarks.{name}", *shlex.split(arguments)]
     try:
@@ -150,7 +149,7 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The JSON of a report. Raises UserError for any other, which its pages would lie beside or replace."""
+    """The JSON of a report. Raises UserError for any other JSON, which the pages could replace or confuse."""
     found = read_json(path)
     if found.get("benchmark") != "report":
         raise UserError(
@@ -161,10 +160,12 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The report's JSON: results by benchmark, on top of what an older report had. It is in `path` after each
-    of them, for those that read it and for whoever stops the rest. Predictions measure nothing, so made again
-    elsewhere they leave the report that of the machine that it was measured on. Raises UserError where
-    another machine's results would stay beside this one's."""
+    """The report's JSON: results by benchmark, on top of those that an older report has.
+
+    It is written to `path` after each benchmark, for later ones that read it and for a user who stops early.
+    Predictions measure nothing: made again elsewhere, alone, they leave the report that of the machine it was
+    measured on. Raises UserError if another machine's results would stay beside this one's.
+    """
     old = read_report(path) if path.exists() else {}
     if config.only == ("predict",):
         about = old.get("facts", about)
@@ -193,7 +194,7 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
 
 
 def batch_for(memory_bytes: int) -> int:
-    """Sequences of a microstep that every contender has room for on a GPU of so much memory."""
+    """Sequences in a microstep for which every contender has room on a GPU with this much memory."""
     batch = LARGEST_BATCH
     while batch > SMALLEST_BATCH and batch * BYTES_A_SEQUENCE > memory_bytes:
         batch //= 2
@@ -203,8 +204,10 @@ def batch_for(memory_bytes: int) -> int:
 def results_of_the_same_machine(
     old: dict[str, Any], about: dict[str, Any], config: ReportConfig, path: Path
 ) -> dict[str, Any]:
-    """What an older report has; nothing of one of another machine, all of which is measured anew. Raises
-    UserError where some of that is not."""
+    """The results in an older report; none if it is of another machine, as all of them are measured anew.
+
+    Raises UserError if some of another machine's results would not be measured anew.
+    """
     results, facts_then = dict(old.get("results", {})), old.get("facts", about)
     differing = [key for key in SAME_MACHINE if facts_then.get(key) != about.get(key)]
     if not differing:
@@ -252,7 +255,7 @@ def short(commit: str | None) -> str:
 
 
 def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was measured on."""
+    """What the report was measured on: (name, text) of each row."""
     about = report["facts"]
     memory = format_bytes(about["memory_bytes"])
     cuda = f", CUDA {about['driver']}" if about["driver"] else ""
@@ -275,7 +278,7 @@ HONESTY = (
 
 
 def markdown_of(report: dict[str, Any]) -> str:
-    """The report as Markdown; the pictures are in the page."""
+    """The report as Markdown; only the HTML page has the pictures."""
     lines = ["# GPT-2 training speed on " + report["facts"]["hardware"], "", HONESTY, ""]
     lines += ["| | |", "|---|---|"]
     lines += [*(f"| {name} | {text} |" for name, text in hardware_rows(report)), ""]
@@ -300,7 +303,7 @@ figure svg { width: 100%; min-width: 36rem; max-width: 60rem; height: auto; disp
 
 
 def page_of(report: dict[str, Any]) -> str:
-    """The report as one HTML page that needs nothing else."""
+    """The report as one self-contained HTML page."""
     title = html.escape("GPT-2 training speed on " + report["facts"]["hardware"])
     facts_rows = hardware_rows(report)
     rows = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in facts_rows)

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.sharding`: what a sharded step costs beside one process, in time and in memory.
+"""`python -m benchmarks.sharding`: what a sharded step costs compared with one process, in time and memory.
 
 It starts its own processes, with gloo, on this machine. One process with all threads and N processes that
-share them train on the same global batches, turn by turn in one run. Then: bytes of the state at rest,
-checkpoints, and the memory of a rank as a dry run predicts it and as these processes measure it.
+share them train on the same global batches, turn by turn in one run. It also measures the state's bytes at
+rest, checkpoints, and the memory of a rank: as a dry run predicts it, and in real processes.
 
 `--dry-run` only predicts, for a layout that need not fit here: `--dry-run --model gpt2-xl --shard 8`. With
-`--check` it is also measured, by as many real processes as the layout has.
+`--check` the prediction is also measured, by as many real processes as the layout has.
 """
 
 import tempfile
@@ -29,9 +29,9 @@ from nanogpt.units import format_bytes
 SMALL = GPT2Config(vocab_size=2048, block_size=256, n_layer=6, n_head=8, n_embd=512)
 QUICK = GPT2Config(vocab_size=512, block_size=64, n_layer=2, n_head=2, n_embd=128)
 REST_LIMIT, MEMORY_LIMIT = 1.05, 0.10
-"""A rank's state against its share of the whole, and how far a prediction may be from the measurement."""
+"""How large a rank's state may be against its share of the whole, and how far off a prediction may be."""
 SAME_LOSS = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 3e-2}
-"""How far losses of the layouts may lie apart after the same steps: sums are taken in another order."""
+"""How far the layouts' losses may differ after the same steps, since sums are taken in another order."""
 MEMORY_STEPS = 2
 
 
@@ -48,7 +48,7 @@ class ShardingConfig:
     batch_size: int = 2
     """Sequences in a microstep of one rank, at least 1; one process alone takes those of all."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What is multiplied in; auto takes the fastest that trains here (of a dry run alone: bfloat16)."""
+    """What is multiplied in; auto takes the fastest that trains here (for a dry run alone: bfloat16)."""
     compile: bool = True
     """Compile the steps that are timed; memory is predicted and measured for the eager one."""
     turns: int = 10
@@ -115,7 +115,7 @@ def compare_steps(config: ShardingConfig, work: Work) -> dict[str, Any]:
         jobs = {"alone": one, "sharded": job}
         first_s = {name: max(each.ask("start")) for name, each in jobs.items()}
         for number in range(3 if config.quick else config.turns):
-            for name in sorted(jobs, reverse=number % 2 == 1):  # nobody always follows the other
+            for name in sorted(jobs, reverse=number % 2 == 1):  # neither always follows the other
                 seconds[name].append(max(turn[0] for turn in jobs[name].ask("turn", 1)))
             say(f"turn {number + 1}: " + ", ".join(f"{name} {seconds[name][-1]:.3f} s" for name in jobs))
         losses = {name: each.ask("last_loss")[0] for name, each in jobs.items()}
@@ -150,7 +150,7 @@ def _columns(saves: list[list[Any]]) -> tuple[list[list[float]], list[list[float
 
 
 def check_same_loss(losses: dict[str, float], work: Work) -> None:
-    """Raises AssertionError where the layouts did not do the same work."""
+    """Raises AssertionError if the layouts did not do the same work."""
     apart = abs(losses["sharded"] / losses["alone"] - 1)
     assert apart < SAME_LOSS[work.precision], f"losses after the same steps are {losses}"
 
@@ -190,7 +190,7 @@ def benchmark(config: ShardingConfig) -> dict[str, Any]:
     }
     if not config.dry_run:
         result |= compare_steps(config, work)
-    # The quick model's memory is less than what any process gains and loses by itself.
+    # The quick model's memory is less than what any process's memory varies by itself.
     measured = config.check or not (config.dry_run or config.quick)
     return result | {"memory": memory_of(config, work, measured=measured)}
 
@@ -240,7 +240,7 @@ def steps_table(result: dict[str, Any]) -> str:
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    """By kind and with or without resharding after forward; then what was measured."""
+    """Predicted memory by kind, with and without resharding after forward; then what was measured."""
     kept, resharded = result["memory"]
     kinds = [kind for kind, size in kept["peak_of_kind"].items() if size]
 

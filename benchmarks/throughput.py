@@ -1,9 +1,8 @@
-"""`python -m benchmarks.throughput`: tokens/s, MFU, step time, memory and time to first step of our training
-step.
+"""`python -m benchmarks.throughput`: our training step's tokens/s, MFU, time, memory and time to first step.
 
-One row for each combination of the options that are given several values. A process alone measures each row
-in a process of its own. Under torchrun all ranks take the sharded step together, and rank 0 prints tokens/s
-of the whole job, MFU of all devices' peak, and the memory of the largest rank.
+One row for each combination of the options that are given several values. Without torchrun, each row is
+measured in a process of its own. Under torchrun all ranks take the sharded step together, and rank 0 prints
+tokens/s of the whole job, MFU relative to the peak of all devices, and the memory of the largest rank.
 """
 
 import gc
@@ -129,7 +128,7 @@ def works_of(config: ThroughputConfig) -> list[Work]:
 
 
 def measure(work: Work, config: ThroughputConfig, *, starts: bool) -> dict[str, Any]:
-    """One row but for its MFU: a work and its numbers, or what stopped it."""
+    """One row without its MFU: a work and its numbers, or what stopped it."""
     try:
         starts = cold_and_warm_s(config.contender, work) if starts and work.compile else {}
         with Worker(config.contender, work) as worker:
@@ -148,7 +147,7 @@ def measure(work: Work, config: ThroughputConfig, *, starts: bool) -> dict[str, 
 def row_of(
     work: Work, seconds: list[float], memory: dict[str, int], first_step_s: float, *, ranks: int = 1
 ) -> dict[str, Any]:
-    """One row but for its MFU: `ranks` times the work took `seconds`; `memory` is of the fullest device."""
+    """One row without its MFU: `ranks` times the work took `seconds`; `memory` is the fullest device's."""
     step = spread(seconds)
     tokens_per_second = ranks * work.tokens / step.median
     return {
@@ -170,13 +169,16 @@ Peaks = dict[str, tuple[float, str]]
 
 
 def higher(one: Peaks, other: Peaks) -> Peaks:
-    """The higher of both. A CPU's peak is measured before, between and after the rows: other programs only
-    make it lower, and one that is low for a moment would make the MFU more than it was."""
+    """The higher of both, for each precision.
+
+    A CPU's peak is measured before, between and after the rows: other programs can only lower it, and a peak
+    that is low for a moment would overstate the MFU.
+    """
     return {precision: max(one[precision], other[precision]) for precision in one}
 
 
 def with_mfu(rows: list[dict[str, Any]], peaks: Peaks) -> list[dict[str, Any]]:
-    """The rows with the share of their precision's peak that they reached."""
+    """The rows with their MFU, the share of their precision's peak that they reached."""
     results = []
     for row in rows:
         if "error" not in row:
@@ -187,8 +189,7 @@ def with_mfu(rows: list[dict[str, Any]], peaks: Peaks) -> list[dict[str, Any]]:
 
 
 def cold_and_warm_s(contender: str, work: Work) -> dict[str, float]:
-    """Seconds to the first step, parameters included, with an empty compile cache and then with what that
-    left."""
+    """Seconds to the first step, parameters included: with an empty compile cache, then with a filled one."""
     starts = {}
     with tempfile.TemporaryDirectory(prefix="nanogpt-compile-") as cache:
         for name in ("cold_s", "warm_s"):
@@ -225,7 +226,7 @@ def benchmark(config: ThroughputConfig) -> dict[str, Any]:
 
 
 def benchmark_sharded(config: ThroughputConfig, here: World) -> dict[str, Any]:
-    """All rows, measured by all ranks together; to be called on each within a process group."""
+    """All rows, measured by all ranks together; every rank must call it, within a process group."""
     works = works_of(config)
     device = torch.device(works[0].device)
     hardware = perf.detect(device)
@@ -257,7 +258,7 @@ def benchmark_sharded(config: ThroughputConfig, here: World) -> dict[str, Any]:
 
 
 def peak_of_all(hardware: perf.Hardware, precision: str) -> tuple[float, str]:
-    """The sum of all ranks' peaks in FLOP/s; where it is measured, all measure at the same time."""
+    """The sum of all ranks' peaks in FLOP/s; if these are measured, all ranks measure at the same time."""
     dist.barrier()
     peak, source = perf.peak_flops(hardware, precision)
     total = torch.tensor(peak, dtype=torch.float64, device=hardware.device)
@@ -266,9 +267,9 @@ def peak_of_all(hardware: perf.Hardware, precision: str) -> tuple[float, str]:
 
 
 def measure_sharded(work: Work, config: ThroughputConfig, mesh: DeviceMesh) -> dict[str, Any]:
-    """One row but for its MFU, the same on all ranks.
+    """One row without its MFU, the same on all ranks.
 
-    On CUDA steps are launched one after the other and each is the mean.
+    On CUDA the steps are launched back to back, and their time is the mean.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     optimizer, batches = make_optimizer(work), batches_of(work, rank, size)
@@ -280,7 +281,7 @@ def measure_sharded(work: Work, config: ThroughputConfig, mesh: DeviceMesh) -> d
         begin = time.perf_counter()
         for number in range(steps):
             loss = step(batches[number % len(batches)])
-        loss.item()  # of all ranks, after all that was launched
+        loss.item()  # waits for all ranks and all launched steps
         return (time.perf_counter() - begin) / steps
 
     first_step_s = timed(1)
@@ -302,7 +303,7 @@ def measure_sharded(work: Work, config: ThroughputConfig, mesh: DeviceMesh) -> d
 
 
 def check_sharded(config: ThroughputConfig) -> ThroughputConfig:
-    """`config`; raises UserError where it asks for what several processes do not measure."""
+    """`config`; raises UserError if it asks for something that several processes do not measure."""
     if config.contender != "ours" or config.starts:
         raise UserError(
             "started on several processes with --contender or --starts, which are measured by one; "
@@ -312,7 +313,7 @@ def check_sharded(config: ThroughputConfig) -> ThroughputConfig:
 
 
 def check_alone(config: ThroughputConfig) -> ThroughputConfig:
-    """`config`; raises UserError where it asks for what one process does not measure."""
+    """`config`; raises UserError if it asks for something that one process does not measure."""
     if config.mesh != Mesh():
         raise UserError(
             "started on one process with --mesh.*, which several share; start with torchrun "
@@ -322,7 +323,7 @@ def check_alone(config: ThroughputConfig) -> ThroughputConfig:
 
 
 def run_as_rank(here: World) -> None:
-    """This process's side of a job of torchrun's; rank 0 prints."""
+    """This process's side of a torchrun job; rank 0 prints."""
     with Team(here) as team:
         config = team.together(lambda: check_sharded(parse(ThroughputConfig, default=ThroughputConfig())))
         device_type = choose_device(config.device)

@@ -23,12 +23,12 @@ REPLY_LIMIT_S = 3600.0  # a step that takes longer is taken for hung
 
 
 class Started(NamedTuple):
-    """What it took to come to a first step."""
+    """What it took to reach the first step."""
 
     build_s: float
-    """Parameters, optimizer and batches, the imports before them left out."""
+    """For parameters, optimizer and batches, without the imports before them."""
     first_step_s: float
-    """The first step with its compilation."""
+    """For the first step, including its compilation."""
     idle_bytes: int
     """Memory of the process before it built anything: Python and torch."""
 
@@ -44,9 +44,9 @@ class Memory(NamedTuple):
     """Peaks of a process (on CUDA of the allocator), in bytes."""
 
     steps: int
-    """While stepping, warm-up and compilation over."""
+    """During steps, after warm-up and compilation."""
     whole: int
-    """From the beginning: on a CPU with what compilation took."""
+    """From the beginning: on a CPU that includes compilation."""
 
 
 class WorkerError(RuntimeError):
@@ -54,12 +54,12 @@ class WorkerError(RuntimeError):
 
     @property
     def last_line(self) -> str:
-        """What failed, without where."""
+        """What failed, but not where."""
         return str(self).strip().splitlines()[-1]
 
 
 class Served:
-    """What `make(*arguments)` makes, in a process of its own: `ask` for its methods, `close` it.
+    """The object that `make(*arguments)` makes, in its own process: `ask` calls its methods, `close` ends it.
 
     `environment` is set when that process starts, so before it imports torch.
     """
@@ -80,12 +80,12 @@ class Served:
         theirs.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What the method returns. Raises WorkerError where it failed or the process ended."""
+        """What the method returns. Raises WorkerError if it failed or the process ended."""
         self.send(method, *arguments)
         return self.answer(method)
 
     def send(self, method: str, *arguments: Any) -> None:
-        """Calls the method and does not wait: several processes have to meet in it."""
+        """Calls the method without waiting for it, since several processes may have to meet in it."""
         with contextlib.suppress(BrokenPipeError):  # the process has ended, as `answer` will find
             self._connection.send((method, *arguments))
 
@@ -105,7 +105,7 @@ class Served:
         return value
 
     def close(self) -> None:
-        """Ends the process: by the end of its requests, or else by signals."""
+        """Ends the process by closing its connection, or by signals if it does not end."""
         self._connection.close()
         for insist in (lambda: None, self._process.terminate, self._process.kill):
             insist()
@@ -138,7 +138,7 @@ class Worker(Served):
 
 @contextlib.contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """Processes that are started within ignore a terminal's Ctrl-C: whoever started them ends them."""
+    """Makes processes that are started within it ignore Ctrl-C: whoever started them ends them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -148,7 +148,7 @@ def interrupts_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def environment_of(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started within."""
+    """Sets environment variables for the processes that are started within it."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -161,7 +161,7 @@ def environment_of(values: dict[str, str]) -> Iterator[None]:
 
 
 def serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """The process's side: answers requests until it is ended."""
+    """The process's side: answers requests until the connection is closed."""
     made = None
     while True:
         try:
@@ -171,7 +171,7 @@ def serve(connection: Connection, make: Callable[..., Any], arguments: tuple[Any
         try:
             made = made or make(*arguments)
             value = getattr(made, method)(*given)
-        except BaseException:  # of any kind: it is the other side that reports it and goes on
+        except BaseException:  # of any kind: the other side reports it and goes on
             connection.send(("error", traceback.format_exc()))
             raise
         try:
@@ -207,13 +207,13 @@ class Contestant:
     def turn(self, steps: int) -> Turn:
         if self.work.device == "cpu":
             return self.take(steps)
-        self.take(1)  # gets back the memory that was handed back after the last turn
+        self.take(1)  # allocates again what was released after the last turn
         turn = self.take(steps)
         self.make_room()
         return turn
 
     def make_room(self) -> None:
-        """Hands back memory that is not in use: the others have to fit on the same GPU."""
+        """Releases memory that is not in use: the others have to fit on the same GPU."""
         if self.work.device != "cpu":
             torch.cuda.empty_cache()
 
@@ -222,7 +222,7 @@ class Contestant:
         return Memory(steps, max(self.whole, steps))
 
     def take(self, steps: int) -> Turn:
-        """On CUDA the steps are launched one after the other, as in training; the time is their mean."""
+        """Takes the steps; on CUDA they are launched back to back, as in training, and timed as a mean."""
         if self.work.device == "cpu":
             timed = [self._timed() for _ in range(steps)]
             return Turn([seconds for seconds, _ in timed], timed[-1][1])
@@ -249,14 +249,14 @@ class Contestant:
 
 
 def peak_bytes(device: str) -> int:
-    """Most memory since `reset_peak`: of the process, or on CUDA of torch's allocator."""
+    """Peak memory since `reset_peak`: of the process, or on CUDA of torch's allocator."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM")
 
 
 def reset_peak(device: str) -> None:
-    """Makes the peak what is in use now."""
+    """Resets the peak to what is in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     else:
