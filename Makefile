@@ -10,7 +10,7 @@ NGPUS ?= 1
 MAX_RESTARTS ?= 3
 GPUS ?= 0
 ARGS ?=
-# Handed to recipes through the environment, as typed: neither make nor a shell expands anything in them.
+# Passed to recipes through the environment, as typed: neither make nor a shell expands anything in them.
 override NGPUS := $(value NGPUS)
 override MAX_RESTARTS := $(value MAX_RESTARTS)
 override GPUS := $(value GPUS)
@@ -19,21 +19,21 @@ override PYTHON_VERSION := $(value PYTHON_VERSION)
 override TORCH_BACKEND := $(value TORCH_BACKEND)
 export NGPUS MAX_RESTARTS GPUS ARGS PYTHON_VERSION TORCH_BACKEND
 
-# Without compiled files every process that imports torch compiles it anew, for ten seconds; so they are made at
-# installation, for those too who forbid Python to write them.
+# Without bytecode files every process that imports torch compiles it again, for ten seconds; so they are written at
+# installation, even for users who forbid Python to write them.
 unexport PYTHONDONTWRITEBYTECODE
 export UV_COMPILE_BYTECODE ?= 1
 
 # The uv on the PATH if it runs, else a private one.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
 
-# uv needs a cache that it can write: in .uv where the home directory cannot be written.
+# uv needs a cache that it can write: in .uv if the home directory cannot be written.
 ifeq ($(shell cache="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || echo no),no)
 export UV_CACHE_DIR ?= .uv/cache
 endif
 
-# pip's setting $(1) (find-links, index-url, ...), from its environment or its files; empty where there is none.
-# uv reads neither, and separates by commas what pip separates by blanks.
+# pip's setting $(1) (find-links, index-url, ...), from its environment or its files; empty if there is none.
+# uv reads neither of them, and expects commas where pip has blanks.
 pip_setting = $$(for section in :env: global install; do \
 	python3 -m pip config get $$section.$(1) 2>/dev/null && break; done | xargs | tr ' ' ',')
 define as_pip_is_set

@@ -1,1 +1,1 @@
-"""Experiments: one file each, a named default instance of `RunConfig` and the result to expect."""
+"""Experiments, one per file: a named default instance of `RunConfig` and the result to expect."""

@@ -1,10 +1,9 @@
-"""Goes on from the parameters of another run, with a small learning rate and the text of your choice.
+"""Continues from the parameters of another run, with a small learning rate, on a text of your choice.
 
     python -m experiments.finetune --init.run-dir runs/gpt2_124m --data.path shakespeare
 
-The model's shape is that of the run that it starts from, which may be OpenAI's GPT-2 (`python -m nanogpt.hf
-import gpt2 --run-dir runs/openai`). Expected: the loss starts where the other run ended
-and does not jump.
+The model has the shape of the run that it starts from, which may be OpenAI's GPT-2 (`python -m nanogpt.hf
+import gpt2 --run-dir runs/openai`). Expected: the loss starts where the other run ended and does not jump.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
 """GPT-2 124M for an evening's first run: `make train`.
 
 The model and the step of gpt2_124m on the bundled Shakespeare, with a budget for the machine at hand. A CPU
-gets 40 steps; with fast bfloat16 of 4 x 1,024 tokens, without it (most desktop and older server CPUs multiply
-only float32 well) of one sequence of 640, so that the run ends in minutes on two cores. A GPU gets 100 steps
-of the real batch. Expected: a loss from 10.9 to below 6.6 at step 40; on a GPU to below 5 at step 100 (not
-measured).
+gets 40 steps: of 4 x 1,024 tokens if it has fast bfloat16, else (most desktop and older server CPUs are fast
+only in float32) of one sequence of 640, so that the run ends in minutes on two cores. A GPU gets 100 steps of
+the real batch. Expected: the loss falls from 10.9 to below 6.6 at step 40; on a GPU to below 5 at step 100
+(not measured).
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def budget(hardware: perf.Hardware) -> RunConfig:
 
 
 def quickstart(default: RunConfig) -> None:
-    """The run, as its command line says, and what to do after it."""
+    """Runs as the command line says, and then prints what to do next."""
     result = main(default)
     if result is not None:
         python = os.path.relpath(sys.executable)

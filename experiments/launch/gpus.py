@@ -1,6 +1,6 @@
 """What the Makefile's GPU targets do. `status` and `kill` run without the project's environment.
 
-NGPUS, MAX_RESTARTS, GPUS and ARGS come through the environment, so that no shell reads what was typed there.
+NGPUS, MAX_RESTARTS, GPUS and ARGS come through the environment, so that no shell interprets what was typed.
 Exit status 0: done. 2: it cannot be done here, and one sentence says why.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 GRACE_S = 30.0
-"""Seconds that a process has between being asked to end, when a run saves, and being made to."""
+"""Seconds that a process has between being asked to end, when a run saves, and being forced to."""
 
 
 class Process(NamedTuple):
@@ -29,7 +29,7 @@ class Process(NamedTuple):
 
 
 def status() -> None:
-    """Print each GPU's use and memory, and the processes on it; where there is no GPU, that is the answer."""
+    """Print each GPU's use and memory, and the processes on it; or say that there is no GPU."""
     if not shutil.which("nvidia-smi"):
         print("No GPU here: nvidia-smi is not on the PATH.")
         return
@@ -57,9 +57,9 @@ def kill() -> None:
 
 
 def end(pids: list[int]) -> None:
-    """Ask all to end, wait up to GRACE_S for them, and make those end that are left.
+    """Ask all to end, wait up to GRACE_S for them, and force those that are left.
 
-    Who is asked for the ranks of a torchrun is torchrun, which would start them again.
+    For the ranks of a torchrun, torchrun itself is asked: it would start them again.
     """
     asked = list({starter(pid): None for pid in pids})
     send(asked, signal.SIGTERM)
@@ -72,13 +72,13 @@ def end(pids: list[int]) -> None:
 
 
 def starter(pid: int) -> int:
-    """The caller's torchrun that has started a process, or the process itself."""
+    """The torchrun that started a process, if it is the caller's; else the process itself."""
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         command = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
         return pid
-    # A whole argument, with or without a path: not a shell whose command line only names it.
+    # Matches a whole argument, with or without a path, but not a shell whose command line only mentions it.
     is_torchrun = re.search(rb"(^|[\0/.])torchrun(\.py)?\0|torch\.distributed\.run\0", command)
     return parent if is_torchrun and uid(parent) == os.getuid() else pid
 
@@ -137,7 +137,7 @@ def split(text: str) -> list[str]:
 
 
 def gpu_count(target: str) -> int:
-    """How many GPUs a program started here would see; ends the program where there is none."""
+    """How many GPUs a program started here would see; ends this program if there is none."""
     if not shutil.which("nvidia-smi"):
         hint = "; add ARGS='--train.device cpu' for processes on the CPU" if target == "ddp-train" else ""
         fail(f"{target} needs a GPU and there is none here: nvidia-smi is not on the PATH{hint}")
@@ -151,14 +151,14 @@ def gpu_count(target: str) -> int:
 
 
 def processes() -> list[Process]:
-    """The processes that compute on a GPU, everybody's, each once."""
+    """Everybody's processes that compute on a GPU, each once."""
     lines = query("compute-apps", "pid,used_memory,process_name").splitlines()
     rows = [line.split(", ", 2) for line in lines]
     return list({int(pid): Process(int(pid), name, memory) for pid, memory, name in rows}.values())
 
 
 def query(what: str, fields: str, *, units: bool = False) -> str:
-    """nvidia-smi's answer, one row a line; ends the program where the driver does not answer."""
+    """nvidia-smi's answer, one row per line; ends the program if the driver does not answer."""
     form = "csv" if units else "csv,noheader,nounits"
     command = ["nvidia-smi", f"--query-{what}={fields}", f"--format={form}"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -168,7 +168,7 @@ def query(what: str, fields: str, *, units: bool = False) -> str:
 
 
 def uid(pid: int) -> int | None:
-    """The user a process belongs to, None where it is gone or outside this container."""
+    """The user a process belongs to; None if it is gone or outside this container."""
     try:
         return os.stat(f"/proc/{pid}").st_uid
     except FileNotFoundError:

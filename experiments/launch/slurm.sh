@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes=4 --gpus-per-node=8 experiments/launch/slurm.sh experiments.gpt2_1558m --data.path data/openwebtext
 #
-# Submitted from the root of the repository, on a disk that all nodes see. Before the time limit the run saves a
+# Submit it from the root of the repository, on a disk that all nodes see. Before the time limit the run saves a
 # checkpoint and the job is queued again, with the same command, until the run is finished.
 #SBATCH --job-name=nanogpt
 #SBATCH --nodes=2
@@ -29,20 +29,20 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 
 gpus=${SLURM_GPUS_ON_NODE:-1}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Of the ports from 20000 on one that belongs to this job: two jobs may share a node.
+# A port from 20000 on that depends on the job, since two jobs may share a node.
 port=$((20000 + SLURM_JOB_ID % 20000))
 cores=${SLURM_CPUS_PER_TASK:-$gpus}
 export OMP_NUM_THREADS=$((cores > gpus ? cores / gpus : 1))
 
-# One torchrun on each node. --kill-on-bad-exit ends the others where one ends for good: they would wait for it
-# to meet them again until join_timeout. A node that fails alone is started again by its torchrun before that.
+# One torchrun on each node, which restarts its node's ranks if they fail. When one ends for good,
+# --kill-on-bad-exit ends the others: they would wait until join_timeout for it to rejoin.
 srun --kill-on-bad-exit=1 .venv/bin/python -m experiments.launch.torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$gpus" --max-restarts="${MAX_RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" -m "$@" &
 job_step=$!
 
 out_of_time=no
-# srun hands SIGTERM to every torchrun and that to its ranks, which save and end within 120 s.
+# srun passes SIGTERM on to every torchrun, and each to its ranks, which save and end within 120 s.
 trap 'out_of_time=yes; kill -TERM "$job_step" 2>/dev/null || true' USR1
 
 status=0

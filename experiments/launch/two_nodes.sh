@@ -53,8 +53,8 @@ done
 
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-# is_host is said, since torchrun finds it by the machine's name, which an address behind a second network
-# card does not have; and told so, it says that a port is taken instead of waiting at it.
+# is_host is given because torchrun would infer it from the machine's name, which an address behind a second
+# network card does not match. Given it, torchrun also reports that a port is taken instead of waiting there.
 exec "$python" -m experiments.launch.torchrun \
     --nnodes=2 --nproc-per-node="$processes" --max-restarts="$restarts" \
     --rdzv-backend=c10d --rdzv-endpoint="$address:${PORT:-29500}" --rdzv-id="nanogpt-${PORT:-29500}" \
