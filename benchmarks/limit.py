@@ -90,7 +90,7 @@ class LimitConfig:
     steps: int = 3
     """Profiled steps, at least 1."""
     device: str | None = None
-    """cpu or cuda; None takes the GPU where there is one."""
+    """cpu or cuda; None takes the GPU if there is one."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
 
@@ -190,8 +190,8 @@ def floor_of(work: Work, rates: Rates) -> dict[str, Any]:
     """Seconds, by kind, that a step cannot go below, and the rates that they follow from."""
     model, rows = work.model, work.batch_size * work.model.block_size
     products = products_of(model, rows)
-    # Half of each of 7 products: forward, scores and their product with the values; 5 backward, with the
-    # scores once more.
+    # Half of each of 7 products: 2 forward (scores, and their product with the values) and 5 backward (which
+    # include the scores once more).
     attention_flops = 7 * model.n_layer * model.n_embd * model.block_size * rows
     seconds = {
         "matmul": work.accumulation

@@ -57,7 +57,7 @@ class PartsConfig:
     compile: bool = True
     """Compile our optimizer and both losses; the fused optimizer of torch needs no compiling."""
     device: str | None = None
-    """cpu or cuda; None takes the GPU where there is one."""
+    """cpu or cuda; None takes the GPU if there is one."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
 

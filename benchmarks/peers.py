@@ -67,7 +67,7 @@ class PeersConfig:
     steps: int | None = None
     """Steps in a turn, at least 1; None takes 1 on a CPU and 8 on CUDA."""
     device: str | None = None
-    """cpu or cuda; None takes the GPU where there is one."""
+    """cpu or cuda; None takes the GPU if there is one."""
     all_keep_memory: bool = False
     """Let everybody keep freed memory on a CPU (mallopt), as a run of ours does; the others, as their users
     write them, do not."""

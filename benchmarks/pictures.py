@@ -141,7 +141,7 @@ def draw_breakdown(axes: Axes, result: Result) -> None:
 
 
 def draw_roofline(axes: Axes, result: Result) -> None:
-    """Measured FLOP/s of each product by its FLOPs per byte, under the roof that memory and the best set."""
+    """Measured FLOP/s of each product by its FLOPs per byte, under what memory and the best product allow."""
     work = Work(**{**result["work"], "model": GPT2Config(**result["work"]["model"])})
     rates = result["floor"]["product_flops_per_second"]
     bandwidth, best = result["floor"]["bandwidth_bytes_per_second"], max(rates.values())

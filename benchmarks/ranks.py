@@ -36,7 +36,7 @@ class Layout:
     shard: int = 1
     reshard_after_forward: bool = False
     threads: int = 1
-    """Of each process."""
+    """Per process."""
 
     @property
     def size(self) -> int:

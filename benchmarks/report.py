@@ -104,7 +104,7 @@ class ReportConfig:
     render: Path | None = None
     """Only write the pages again, from this JSON."""
     device: str | None = None
-    """cpu or cuda; None takes the GPU where there is one."""
+    """cpu or cuda; None takes the GPU if there is one."""
     quick: bool = False
     """Small models and files, to see that everything works."""
 
@@ -149,7 +149,7 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The JSON of a report. Raises UserError for any other JSON, which the pages could replace or confuse."""
+    """The JSON of a report. Raises UserError for any other, which its pages would lie beside or replace."""
     found = read_json(path)
     if found.get("benchmark") != "report":
         raise UserError(

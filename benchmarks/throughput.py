@@ -85,7 +85,7 @@ class ThroughputConfig:
     a new process."""
     mesh: Mesh = field(default_factory=Mesh)
     device: str | None = None
-    """cpu or cuda; None takes the GPU where there is one."""
+    """cpu or cuda; None takes the GPU if there is one."""
     quick: bool = False
     """A model of one small layer, run eagerly, to see that everything works."""
 

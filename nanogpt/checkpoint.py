@@ -5,7 +5,7 @@ name and renames at the end.
 
     12/state/      one array per leaf, named by its path in the tree ("params/wte.weight")
     12/metadata/   one JSON file: what a reader needs to know before it reads an array
-    12/metrics/    one JSON file: the validation loss, where there is one
+    12/metrics/    one JSON file: the validation loss, if there is one
 
 Under torch.distributed each rank writes its own shards and reads its own parts; the folder looks the same to
 any reader, on any number of ranks, or none. Ranks share the file system.
@@ -122,7 +122,8 @@ class Checkpointer:
         (of whole tensors) and dtypes are compared before any array is read. Raises UserError, naming the
         leaf, if one differs; also if there is no such step or its files are damaged.
         """
-        restored: list[Tree] = []  # not returned to `agree`, which sends results around: it is too large
+        # Not returned by the action, since `agree` sends results to all ranks, and a state is too large.
+        restored: list[Tree] = []
         self._ranks.agree(lambda: restored.append(self._restore(step, like)))
         return restored[0]
 
@@ -362,7 +363,7 @@ def _import_edge() -> Any:
     from nanogpt import orbax_edge
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    # After one read or write fails, Orbax closes its event loop, to which threads with others still report.
+    # After a failed read or write Orbax closes its event loop, though threads with others still report to it.
     report, noise = sys.unraisablehook, "Event loop is closed"
     sys.unraisablehook = lambda event: None if str(event.exc_value) == noise else report(event)
     return orbax_edge

@@ -48,7 +48,7 @@ class DoctorConfig:
     data_path: str | None = None
     """Data folder to open, as --data.path of a run; None takes the one that a run would take."""
     run_dir: Path = Path("runs")
-    """Where a run would write: its disk is looked at, nothing is written."""
+    """Where a run would write: only its disk is checked, nothing is written."""
 
 
 class Finding(NamedTuple):
@@ -103,9 +103,9 @@ def main() -> None:
 
 
 def preflight(team: Team, device_type: str, run_dir: Path) -> list[Finding]:
-    """The findings worth reporting as a distributed run starts: the same list on every rank.
+    """The findings worth reporting in the first second of a distributed run: the same list on every rank.
 
-    The team must be connected. Takes about a second. Raises UserError if a rank does not answer.
+    The team must be connected. Raises UserError if a rank does not answer.
     """
     found = findings(gather(team, device_type, run_dir))
     team.small_all_reduce(device_type)
@@ -133,9 +133,9 @@ def gather(team: Team, device_type: str, run_dir: Path) -> list[Facts]:
 
 
 def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
-    """What this rank sees, of GPUs only its own, or all of them if it is alone, or none if the CPU trains.
+    """What this rank sees; of GPUs only its own, since querying one costs memory on it.
 
-    Querying a GPU costs memory on it.
+    A rank that is alone sees all GPUs, or none if the CPU trains.
     """
     place, count = team.world, torch.cuda.device_count() if device_type == "cuda" else 0
     indices = range(count) if place.size == 1 else [index for index in [place.local_rank] if index < count]

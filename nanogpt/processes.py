@@ -101,7 +101,7 @@ def code_hashes() -> dict[str, str]:
 
 
 class Team:
-    """The processes of a run as one of them sees them: a context in which all end when one does.
+    """The processes of a run, as one of them sees them: a context in which all end when one fails.
 
     with Team(world()) as team:
         config = team.together(parse)               # a mistake of one rank is raised on all
@@ -109,8 +109,8 @@ class Team:
             team.agree(code_hashes())
             team.step(n)                            # in the loop, for the message when it hangs
 
-    If the ranks do not meet within `timeout_s`, entering the context ends the process with one sentence.
-    Leaving it with an exception ends a process that is not alone with os._exit: threads of a broken group, a
+    If the ranks do not meet within `timeout_s`, entering the context ends the process with one sentence. If
+    there are several, leaving it with an exception ends the process by os._exit: threads of a broken group, a
     tracker or a checkpoint may wait for ranks that are gone, and a regular exit would wait for those threads.
     """
 
@@ -230,7 +230,7 @@ class Team:
 
     @contextlib.contextmanager
     def connected(self, device_type: str, *, timeout_s: float) -> Iterator[None]:
-        """A process group of all ranks, gloo and on GPUs also NCCL; collectives wait at most `timeout_s`.
+        """A process group of all ranks (gloo, on GPUs also NCCL), whose collectives wait at most `timeout_s`.
 
         Raises UserError if it cannot be made, and LostRank inside it if a rank is gone or does not arrive.
         """
@@ -459,8 +459,8 @@ class Team:
     def _end(self, ending: Ending) -> NoReturn:
         """Tells the others, lets one rank print the sentence, waits for the others to end too, and exits.
 
-        It waits because torchrun ends all ranks of a machine 0.1 s after the first one, which may be before
-        they have set their status or said why.
+        It waits because torchrun ends all ranks of a machine 0.1 s after the first one, which could be before
+        they have exited with status 2, or have said why.
         """
         self._is_ending.acquire()  # never released: only one of our two threads may end the process
         self._ended.set()
@@ -487,7 +487,7 @@ class Team:
         os._exit(ending.status)
 
     def _say(self, sentence: str, *, is_speaker: bool) -> None:
-        """Writes the sentence once on the terminal, and in every rank's log; ignores those that are gone."""
+        """Writes the sentence once on the terminal, if it is still there, and in every rank's log."""
         with contextlib.suppress(OSError):
             if sentence and is_speaker:
                 os.write(self._terminal, f"error: {sentence}\n".encode())

@@ -88,10 +88,10 @@ def read_about(run_dir: Path) -> dict[str, Any] | None:
 
 
 def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -> None:
-    """Raises UserError unless `about` describes this run, so far as its numbers depend on it.
+    """Raises UserError if `about` does not describe this run.
 
-    It does not if the directory holds imported parameters, which are no run, if a setting that affects the
-    numbers differs (the first one is named), or if the data does.
+    It does not if the directory holds imported parameters rather than a run, if a setting that affects the
+    run's numbers differs (the first one is named), or if the data differs.
     """
     if "imported" in about:
         raise UserError(

@@ -76,9 +76,9 @@ def lambada_item(row: dict[str, Any], tokenizer: Tokenizer) -> Item:
 def scores(
     params: Params, config: GPT2Config, items: Sequence[Item], *, device: torch.device
 ) -> Iterator[list[Score]]:
-    """The scores of each item's endings, computed ITEMS_AT_A_TIME.
+    """The scores of each item's endings, computed for a few items at a time.
 
-    The first tokens of a text that has more than the model's positions are left out.
+    If a text is longer than the model's positions, its first tokens are left out.
     """
     for start in range(0, len(items), ITEMS_AT_A_TIME):
         batch = items[start : start + ITEMS_AT_A_TIME]
@@ -233,7 +233,7 @@ class TaskCommand:
     limit: int | None = None
     """Number of rows to take from the beginning, at least 1; None takes all."""
     device: Literal["cuda", "cpu"] | None = None
-    """None takes the GPU where there is one."""
+    """None takes the GPU if there is one."""
     precision: Precision | None = None
     """What the blocks multiply in; None takes bfloat16 where the device is fast at it, else float32."""
 

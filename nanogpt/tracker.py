@@ -275,7 +275,7 @@ class WandB:
 
 
 class _Attempt:
-    """A block of wandb's code that just ends, with `error` saying why, if wandb, network or disk fails.
+    """A block of wandb's code; if wandb, the network or the disk fails, it ends and `error` says why.
 
     wandb's errors have no common base class and come from private modules, so they are recognized by the name
     of their module.

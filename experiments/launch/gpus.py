@@ -59,7 +59,7 @@ def kill() -> None:
 def end(pids: list[int]) -> None:
     """Ask all to end, wait up to GRACE_S for them, and force those that are left.
 
-    For the ranks of a torchrun, torchrun itself is asked: it would start them again.
+    For the ranks of a torchrun, torchrun itself is asked, since it would start them again.
     """
     asked = list({starter(pid): None for pid in pids})
     send(asked, signal.SIGTERM)

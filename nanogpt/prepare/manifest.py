@@ -100,7 +100,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Writes `data` to `path`, a name that it gets only once it is complete and on the disk."""
+    """Writes `data` to `path`, which appears only once it is complete and on the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
         file.write(data)

@@ -95,7 +95,7 @@ class Separated:
 
 @dataclass(frozen=True)
 class Texts:
-    """Whole text files, or `data`, a document each; a `tail` is cut off as a second one, of that fraction."""
+    """Whole text files, or `data`, one document each; with a `tail`, that last fraction is a second one."""
 
     names: tuple[str, ...]
     data: bytes | None = None
