@@ -3,8 +3,8 @@
 A and B are results of the same benchmark, or two reports. A difference counts if the quartiles of the two do
 not overlap and the medians differ by more than 2 %. With fewer than ten measurements on a side, quartiles lie
 apart by chance (for five against five of the same thing, in a fifth of cases), so the ranges must not overlap
-instead; with fewer than five, ranges lie apart by chance too, so the medians must also differ by more than
-10 %. A memory peak is a single measurement, and a difference of up to 5 MB does not count.
+instead. With fewer than five, ranges lie apart by chance too, so the medians must differ by more than 10 %. A
+memory peak is a single measurement, and a difference of up to 5 MB does not count.
 """
 
 import sys
