@@ -65,7 +65,8 @@ class Gpu(NamedTuple):
     index: int
     name: str
     capability: str
-    bf16_fast: bool
+    precision: str
+    """The one that runs take here if none is asked for."""
     total_bytes: int
     available_bytes: int
 
@@ -144,7 +145,8 @@ def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
     for index in indices:
         seen = perf.detect(torch.device("cuda", index))
         capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
-        gpus.append(Gpu(index, seen.name, capability, seen.bf16_fast, seen.total_bytes, seen.available_bytes))
+        precision = perf.default_precision(seen)
+        gpus.append(Gpu(index, seen.name, capability, precision, seen.total_bytes, seen.available_bytes))
     existing = next(folder for folder in [run_dir.absolute(), *run_dir.absolute().parents] if folder.exists())
     can_write = existing.is_dir() and os.access(existing, os.W_OK)
     team.gather("")  # all ranks get past this at the same moment, to within a query to the store
@@ -244,10 +246,13 @@ def gpu_findings(every: Sequence[Facts]) -> list[Finding]:
 def precision_findings(every: Sequence[Facts]) -> list[Finding]:
     """Whether bfloat16, the default, is multiplied by the hardware."""
     named = [(f"GPU {gpu.index} of {where(each)}", gpu) for each in every for gpu in each.gpus]
-    slow = [f"{place} (compute capability {gpu.capability})" for place, gpu in named if not gpu.bf16_fast]
+    slow = [
+        f"{place} (compute capability {gpu.capability}; runs there take {gpu.precision})"
+        for place, gpu in named
+        if gpu.precision != "bfloat16"
+    ]
     if slow:
-        text = f"slow on {', '.join(slow)}; runs there take float16"
-        return [Finding("warning", "bfloat16", text)]
+        return [Finding("warning", "bfloat16", f"slow on {', '.join(slow)}")]
     if named:
         capabilities = ", ".join(sorted({gpu.capability for _, gpu in named}))
         return [Finding("ok", "bfloat16", f"in hardware, compute capability {capabilities}")]

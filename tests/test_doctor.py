@@ -14,8 +14,9 @@ from nanogpt.meeting import World
 from nanogpt.processes import Team
 
 GB = 10**9
-H100 = Gpu(0, "NVIDIA H100 80GB HBM3", "9.0", True, 80 * GB, 79 * GB)
-T4 = Gpu(0, "Tesla T4", "7.5", False, 16 * GB, 16 * GB)
+H100 = Gpu(0, "NVIDIA H100 80GB HBM3", "9.0", "bfloat16", 80 * GB, 79 * GB)
+T4 = Gpu(0, "Tesla T4", "7.5", "float16", 16 * GB, 16 * GB)
+P100 = Gpu(0, "Tesla P100", "6.0", "float32", 16 * GB, 16 * GB)
 VERSIONS = {"nanogpt": "0.1.0", "torch": "2.13.0", "NCCL": "2.27.5"}
 HERE = Facts(0, "a", 1, VERSIONS, [], "EPYC", True, 64 * GB, 500 * GB, 1000.0)
 
@@ -66,9 +67,11 @@ def test_a_gpu_that_somebody_else_uses_is_named() -> None:
     assert worrying(every) == [Finding("warning", "GPUs", text)]
 
 
-def test_a_gpu_that_is_slow_at_bfloat16_is_named_with_its_capability() -> None:
-    text = "slow on GPU 0 of rank 0 (a) (compute capability 7.5); runs there take float16"
-    assert worrying(ranks(1, T4)) == [Finding("warning", "bfloat16", text)]
+@pytest.mark.parametrize("gpu", [T4, P100], ids=["T4", "P100"])
+def test_a_gpu_that_is_slow_at_bfloat16_is_named_with_what_runs_take_there(gpu: Gpu) -> None:
+    about = f"compute capability {gpu.capability}; runs there take {gpu.precision}"
+    text = f"slow on GPU 0 of rank 0 (a) ({about})"
+    assert worrying(ranks(1, gpu)) == [Finding("warning", "bfloat16", text)]
 
 
 def test_a_program_on_the_path_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
