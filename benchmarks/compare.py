@@ -89,7 +89,12 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
         kinds = f"a result of {before.get('benchmark')} and one of {after.get('benchmark')}"
         raise UserError(f"{kinds}, expected two of the same benchmark")
     old, new = dict(spreads(before)), dict(spreads(after))
-    if old and not old.keys() & new.keys():
+    if not old and not new:
+        raise UserError(
+            "neither has a number that was measured several times, as predictions and dry runs have none; "
+            "give results that were measured"
+        )
+    if not old.keys() & new.keys():
         raise UserError("the two have no number in common: they measured different work; compare equal runs")
     for path in sorted(old.keys() ^ new.keys()):
         print(f"only in one of them: {path.lstrip('/')}", file=sys.stderr)

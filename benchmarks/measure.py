@@ -102,6 +102,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a result ({error}); give a benchmark's output") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, no result; give a benchmark's output")
+    if "benchmark" not in found:
+        raise UserError(f"{path} names no benchmark, so it is no result of one; give a benchmark's output")
+    if found["benchmark"] == "report" and not isinstance(found.get("results"), dict):
+        raise UserError(
+            f"{path} is a report without results; give another, or run python -m benchmarks.report"
+        )
     return found
 
 

@@ -153,9 +153,11 @@ def read_report(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if found.get("benchmark") != "report":
         raise UserError(
-            f"{path} is a result of {found.get('benchmark', 'no benchmark')}, expected that of "
+            f"{path} is a result of {found['benchmark']}, expected that of "
             f"benchmarks.report; set another --render or --name"
         )
+    if "facts" not in found:
+        raise UserError(f"{path} does not say where it was measured; set another --render or --name")
     return found
 
 

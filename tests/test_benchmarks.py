@@ -416,6 +416,12 @@ def test_results_without_a_common_number_are_refused() -> None:
     one, other = ({"benchmark": "data", name: spread([1.0])._asdict()} for name in "ab")
     with pytest.raises(UserError, match="no number in common"):
         compare.compare(one, other)
+    with pytest.raises(UserError, match="no number in common"):
+        compare.compare({"benchmark": "data"}, other)
+    with pytest.raises(
+        UserError, match="neither has a number that was measured several times, as predictions"
+    ):
+        compare.compare({"benchmark": "predict"}, {"benchmark": "predict"})
 
 
 def test_a_report_of_failures_is_a_page() -> None:
@@ -466,9 +472,14 @@ def test_a_file_without_the_result_names_the_command_that_makes_it(tmp_path: Pat
         path.write_bytes(text)
         with pytest.raises(UserError, match=r"json cannot be read as a result \(.*\); give a benchmark's"):
             predict.benchmark(config)
-    path.write_text("[1]")
-    with pytest.raises(UserError, match=r"json holds a list, no result; give a benchmark's output"):
-        predict.benchmark(config)
+    for text, message in {
+        "[1]": "json holds a list, no result; give a benchmark's output",
+        '{"tokens": 5}': "json names no benchmark, so it is no result of one; give a benchmark's output",
+        '{"benchmark": "report", "results": []}': "json is a report without results; give another",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            predict.benchmark(config)
 
 
 def test_the_rate_of_another_contender_is_not_taken_for_ours(tmp_path: Path) -> None:
@@ -478,17 +489,35 @@ def test_the_rate_of_another_contender_is_not_taken_for_ours(tmp_path: Path) -> 
         predict.benchmark(predict.PredictConfig(measured=path, quick=True))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"benchmark": "peers", "facts": {}}',
+            "mine.json is a result of peers, expected that of benchmarks.report",
+        ),
+        (
+            '{"benchmark": "report", "results": {}}',
+            "mine.json does not say where it was measured; set another",
+        ),
+    ],
+)
 @pytest.mark.parametrize("flags", ["--render {path}", "--out {folder} --name mine --only data"])
 def test_pages_are_only_made_of_a_report(
-    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str,
+    text: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(text := '{"benchmark": "peers", "facts": {}}')
+    path.write_text(text)
     monkeypatch.setattr(report, "run_benchmark", lambda name, arguments: pytest.fail("measured"))
     monkeypatch.setattr(sys, "argv", ["report", *flags.format(path=path, folder=tmp_path).split()])
     with pytest.raises(SystemExit, match="2"):
         report.main()
-    assert "mine.json is a result of peers, expected that of benchmarks.report" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert ([*tmp_path.iterdir()], path.read_text()) == ([path], text)
 
 
