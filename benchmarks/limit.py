@@ -23,6 +23,7 @@ from benchmarks.measure import (
     finish,
     one_line_errors,
     require_at_least,
+    require_at_most,
     say,
     spread,
     table,
@@ -96,6 +97,7 @@ class LimitConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, batch_size=self.batch_size, block_size=self.block_size, steps=self.steps)
+        require_at_most(GPT2Config.block_size, block_size=self.block_size)
 
 
 def work_of(config: LimitConfig) -> Work:

@@ -120,6 +120,15 @@ def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None
             raise UserError(f"{' '.join(words)} is {got}, expected at least {least}; set --{'-'.join(words)}")
 
 
+def require_at_most(most: int, **values: int | tuple[int, ...]) -> None:
+    """Raises UserError for a value above `most`, called as its flag is."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if max(numbers, default=most) > most:
+            got, words = " ".join(map(str, numbers)), name.split("_")
+            raise UserError(f"{' '.join(words)} is {got}, expected at most {most}; set --{'-'.join(words)}")
+
+
 def require_some(**values: tuple[object, ...] | None) -> None:
     """Raises UserError for a flag of several values without any; None leaves the choice to the program."""
     for name, value in values.items():

@@ -23,6 +23,7 @@ from benchmarks.measure import (
     finish,
     one_line_errors,
     require_at_least,
+    require_at_most,
     require_some,
     say,
     spread,
@@ -83,6 +84,7 @@ class PeersConfig:
             accumulation=self.accumulation,
             steps=self.steps,
         )
+        require_at_most(GPT2Config.block_size, block_size=self.block_size)
         require_some(contenders=self.contenders)
         if self.contenders is not None and "ours" not in self.contenders:
             raise UserError(

@@ -23,6 +23,7 @@ from benchmarks.measure import (
     finish,
     one_line_errors,
     require_at_least,
+    require_at_most,
     require_some,
     say,
     spread,
@@ -94,6 +95,7 @@ class ThroughputConfig:
         require_at_least(
             1, batch_size=self.batch_size, block_size=self.block_size, accumulation=self.accumulation
         )
+        require_at_most(GPT2Config.block_size, block_size=self.block_size)
         require_some(
             model=self.model, precision=self.precision, attention=self.attention, compile=self.compile
         )

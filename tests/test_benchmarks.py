@@ -831,6 +831,17 @@ def test_throughput_has_a_row_for_each_combination() -> None:
             lambda: throughput.ThroughputConfig(batch_size=(4, 0)),
             "batch size is 4 0, expected at least 1; set --batch-size",
         ),
+        *(
+            (
+                functools.partial(config, block_size=size),
+                "block size is .*2048, expected at most 1024; set --block-size",
+            )
+            for config, size in (
+                (throughput.ThroughputConfig, (512, 2048)),
+                (peers.PeersConfig, 2048),
+                (limit.LimitConfig, 2048),
+            )
+        ),
         (
             lambda: data.DataBenchmark(total_batch_size=100_000),
             r"total batch size is 100,000 tokens, expected a multiple of 65,536 \(64 sequences x 1024 .*\)",
