@@ -4,6 +4,7 @@ The file is 1 GB of random token ids, just written, so it is in the page cache: 
 loader, not of a disk. Every window of it is read once, in training order and in training batches.
 """
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -152,6 +153,16 @@ def write_file(path: Path, size: int) -> None:
             file.write(np.roll(block, start // WRITE_BYTES).tobytes()[: size - start])
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Raises UserError where a file of `size` would fill the disk."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"a file of {format_bytes(size)} has no room in {folder.parent}, which has "
+            f"{format_bytes(free)} free; set a smaller --file-bytes, or TMPDIR to a folder elsewhere"
+        )
+
+
 def measure(path: Path, config: DataBenchmark) -> dict[str, Any]:
     """Both readers' numbers."""
     passes: dict[str, list[Pass]] = {name: [] for name in READERS}
@@ -214,7 +225,10 @@ def main() -> None:
             if path is None:
                 path = Path(folder, "train.bin")
                 steps_of(config.file_bytes // TOKEN_BYTES, config.spec)
+                check_room(path.parent, config.file_bytes)
                 write_file(path, config.file_bytes)
+            elif not path.is_file() or not path.stat().st_size:
+                raise UserError(f"{path} is no file with tokens in it; set another --path, or leave it out")
             result = {"benchmark": "data", "facts": facts("cpu")} | measure(path, config)
         print(table_of(result))
         finish(result)

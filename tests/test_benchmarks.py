@@ -259,6 +259,29 @@ def test_a_file_of_too_few_batches_is_not_even_written(
     assert capsys.readouterr().err.startswith("error: the file holds 3 batches, expected at least 4; set a ")
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--file-bytes 1000000000000000000",
+            r"error: a file of 1000000\.0 TB has no room in \S+, which has \S+ \w+ free; set a smaller ",
+        ),
+        (
+            "--path nowhere",
+            "error: nowhere is no file with tokens in it; set another --path, or leave it out",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_there_is_a_sentence(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "write_file", lambda path, size: pytest.fail("written"))
+    monkeypatch.setattr(sys, "argv", ["data", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        data.main()
+    assert re.match(message, capsys.readouterr().err)
+
+
 def test_a_written_file_has_the_size_asked_for_and_ids_of_the_vocabulary(tmp_path: Path) -> None:
     data.write_file(tmp_path / "train.bin", 1_000_002)
     ids = np.fromfile(tmp_path / "train.bin", dtype=np.uint16)
