@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -18,6 +19,8 @@ from nanogpt import perf
 from nanogpt.command import mistakes_in_a_sentence
 from nanogpt.errors import UserError
 from nanogpt.run_dir import git_commit
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Spread(NamedTuple):
@@ -65,7 +68,8 @@ def facts(device: str) -> dict[str, Any]:
         "cores": hardware.cpu_cores,
         "memory_bytes": hardware.total_bytes,
         "bf16_fast": hardware.bf16_fast,
-        "driver": torch.version.cuda if hardware.device.type == "cuda" else None,
+        "driver": driver_version() if hardware.device.type == "cuda" else None,
+        "cuda": torch.version.cuda if hardware.device.type == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -75,6 +79,15 @@ def facts(device: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "command": shlex.join(["python", "-m", command_name(), *sys.argv[1:]]),
     }
+
+
+def driver_version(path: Path = NVIDIA_DRIVER) -> str | None:
+    """Of the kernel's module for NVIDIA's GPUs; None where it does not say, as in some containers."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", path.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def command_name() -> str:

@@ -260,10 +260,11 @@ def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What the report was measured on: (name, text) of each row."""
     about = report["facts"]
     memory = format_bytes(about["memory_bytes"])
-    cuda = f", CUDA {about['driver']}" if about["driver"] else ""
+    is_gpu = about["device"] == "cuda"
+    versions = f", driver {about['driver'] or 'unknown'}, CUDA {about['cuda']}" if is_gpu else ""
     return [
         ("hardware", f"{about['hardware']}, {about['cores']} CPU cores, {memory}"),
-        ("device", about["device"] + cuda),
+        ("device", about["device"] + versions),
         ("fast bfloat16", "yes" if about["bf16_fast"] else "no: everything here is in float32"),
         ("versions", f"torch {about['torch']}, Python {about['python']}, {about['system']}"),
         ("commit", str(about["commit"])),

@@ -36,7 +36,7 @@ from benchmarks import (
     throughput,
 )
 from benchmarks.contenders import CONTENDERS, Work, batches_of, installed_contenders
-from benchmarks.measure import choose_device, facts, one_line_errors, read_json, spread, table
+from benchmarks.measure import choose_device, driver_version, facts, one_line_errors, read_json, spread, table
 from benchmarks.plain import plain_gpt2
 from benchmarks.worker import Memory, Served, Started, Worker, WorkerError
 from nanogpt import loss, perf
@@ -1029,6 +1029,31 @@ def test_a_command_with_a_blank_can_be_typed_again(tmp_path: Path, monkeypatch: 
     assert commands[0][-2:] == ["--measured", os.path.relpath(path)]
     monkeypatch.setattr(sys, "argv", ["predict", *commands[0][-2:]])
     assert facts("cpu")["command"].endswith(f"--measured '{os.path.relpath(path)}'")
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Tue Mar 5 22:42:15 UTC 2024",
+            "535.161.08",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
+        ("something else", None),
+        (None, None),
+    ],
+)
+def test_the_driver_is_that_of_the_kernel(text: str | None, version: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert driver_version(tmp_path / "version") == version
+
+
+def test_a_report_names_the_driver_and_the_cuda_that_torch_was_built_with() -> None:
+    for driver, said in (("580.65.06", "580.65.06"), (None, "unknown")):
+        about = facts("cpu") | {"device": "cuda", "driver": driver, "cuda": "13.0"}
+        rows = dict(report.hardware_rows({"facts": about}))
+        assert rows["device"] == f"cuda, driver {said}, CUDA 13.0"
 
 
 def test_a_spread_and_a_table() -> None:
