@@ -45,14 +45,17 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(median, values[0], values[-1], low, high, len(values))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: Sequence[str] = ()) -> str:
+    """Aligned columns: the first and those of `words` to the left, the others to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    to_the_left = [column == 0 or name in words for column, name in enumerate(header)]
 
     def aligned(line: list[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        return "  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip()
+        columns = zip(line, widths, to_the_left, strict=True)
+        return "  ".join(
+            cell.ljust(width) if left else cell.rjust(width) for cell, width, left in columns
+        ).rstrip()
 
     return "\n".join(
         [aligned(lines[0]), "  ".join("-" * width for width in widths), *map(aligned, lines[1:])]

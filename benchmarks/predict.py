@@ -216,8 +216,13 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
     rows = [
         row_of(run.kind, run.who, run.machine, run.tokens_per_second, model, run.source) for run in PUBLISHED
     ]
+    memory = memory_rows(model, config.batch_size, quick=config.quick)
+    not_shown = None
     if config.measured is not None:
-        rows += measured_rows(config, config.measured, predicted, model)
+        gpu, measured, not_shown = measured_steps(config.measured, model)
+        if not not_shown:
+            rows += speed_rows(config, gpu, measured, predicted, model)
+            memory = [*measured_memory_rows(config, gpu, measured, memory, model), *memory]
     note = f"roofline; off by up to {worst:.0%} on {CALIBRATED_ON}'s published runs"
     rows += [
         row_of("predicted", "model, any trainer", name, rate, model, note) for name, rate in predicted.items()
@@ -228,7 +233,8 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
         "config": asdict(config) | {"measured": str(config.measured) if config.measured else None},
         "rows": rows,
         "model_error": errors,
-        "memory": memory_rows(model, config.batch_size, quick=config.quick),
+        "memory": memory,
+        "not_shown": not_shown,
     }
 
 
@@ -268,20 +274,19 @@ def memory_rows(model: GPT2Config, batch_size: int, *, quick: bool) -> list[dict
     return rows
 
 
-def measured_rows(
-    config: PredictConfig, path: Path, predicted: dict[str, float], model: GPT2Config
+def speed_rows(
+    config: PredictConfig,
+    gpu: str,
+    measured: list[dict[str, Any]],
+    predicted: dict[str, float],
+    model: GPT2Config,
 ) -> list[dict[str, Any]]:
-    """The fastest row that was measured on one of the GPUs above, with the model's error on it.
+    """The fastest row that was measured on one `gpu`, with the model's error on it.
 
     After it come predictions for several such GPUs, made from this measurement.
     """
-    hardware, rates = measured_rates(path, model)
-    sheet = perf.sheet_key(hardware)
-    gpu = next((name for name, gpu in GPUS.items() if gpu.sheet == sheet), None)
-    if gpu is None or not rates:
-        return []
-    rate, alone = max(rates), f"1x {gpu}"
-    note = f"{path}; the model is off by {predicted[alone] / rate - 1:+.0%}"
+    rate, alone = max(row["tokens_per_second"] for row in measured), f"1x {gpu}"
+    note = f"{config.measured}; the model is off by {predicted[alone] / rate - 1:+.0%}"
     rows = [row_of("measured", "ours", alone, rate, model, note)]
     for name, machine in MACHINES.items():
         if machine.gpu == gpu and machine.count > 1:
@@ -289,16 +294,37 @@ def measured_rows(
             compute = tokens / rate
             exposed = exposed_s(model, machine, compute, tokens=tokens, batch_size=config.batch_size)
             together = config.total_batch_size / (compute + exposed)
-            rows.append(
-                row_of("predicted", "ours", name, together, model, f"the measured {alone}, and a ring")
-            )
+            note = f"the measured {alone}, and a ring whose error is not known"
+            rows.append(row_of("predicted", "ours", name, together, model, note))
     return rows
 
 
-def measured_rates(path: Path, model: GPT2Config) -> tuple[str, list[float]]:
-    """The hardware's name, and tokens a second of our steps of `model` on one device."""
+def measured_memory_rows(
+    config: PredictConfig,
+    gpu: str,
+    measured: list[dict[str, Any]],
+    memory: list[dict[str, Any]],
+    model: GPT2Config,
+) -> list[dict[str, Any]]:
+    """The peak that was measured on one `gpu` in steps like those of `memory`, with the formula's error."""
+    wanted = asdict(Work(model=model, batch_size=config.batch_size, device="cuda"))
+    peaks = [
+        row["memory"]["steps"]
+        for row in measured
+        if all(row["work"].get(name, value) == value for name, value in wanted.items())
+    ]
+    if not peaks:
+        return []
+    alone = next(row for row in memory if row["machine"] == f"1x {gpu}")
+    note = f"{config.measured}; the formula is off by {alone['total_bytes'] / max(peaks) - 1:+.1%}"
+    return [alone | {"kind": "measured", "kinds": {}, "total_bytes": max(peaks), "note": note}]
+
+
+def measured_steps(path: Path, model: GPT2Config) -> tuple[str, list[dict[str, Any]], str | None]:
+    """Of a benchmark's result: which of GPUS measured it, our steps of `model` on one of them, and why
+    nothing of it can stand in the table, if so."""
     found = read_json(path)
-    results = found.get("results", {found.get("benchmark"): found})
+    results = found.get("results", {found["benchmark"]: found})
     results = {name: results[name] for name in ("throughput", "peers") if "facts" in results.get(name, {})}
     if not results:
         raise UserError(
@@ -314,12 +340,21 @@ def measured_rates(path: Path, model: GPT2Config) -> tuple[str, list[float]]:
     rows = results.get("throughput", {}).get("rows", [])
     if "peers" in results:
         rows = [*rows, results["peers"]["contenders"]["ours"] | {"work": results["peers"]["work"]}]
-    rates = [
-        row["tokens_per_second"]
+    rows = [
+        row
         for row in rows
         if "error" not in row and row["work"]["model"] == asdict(model) and row.get("ranks", 1) == 1
     ]
-    return next(iter(results.values()))["facts"]["hardware"], rates
+    hardware = next(iter(results.values()))["facts"]["hardware"]
+    gpu = next((name for name, gpu in GPUS.items() if gpu.sheet == perf.sheet_key(hardware)), "")
+    not_shown = None
+    if not gpu:
+        not_shown = (
+            f"{path} is not in the table: it is of {hardware}, and the model knows {' and '.join(GPUS)}"
+        )
+    elif not rows:
+        not_shown = f"{path} is not in the table: it has no step of GPT-2 124M with 1,024 tokens on one GPU"
+    return gpu, rows, not_shown
 
 
 def table_of(result: dict[str, Any]) -> str:
@@ -344,19 +379,25 @@ def table_of(result: dict[str, Any]) -> str:
             row["machine"],
             f"{row['replicate']} x {row['shard']}",
             format_bytes(row["total_bytes"]),
-            format_bytes(row["kinds"]["activations"]),
+            format_bytes(row["kinds"]["activations"]) if row["kinds"] else "",
             row["note"],
         ]
         for row in result["memory"]
     ]
     errors = [f"{run}: {error:+.0%}" for run, error in result["model_error"].items()]
+    texts, not_shown = ("who", "machine", "where from"), result.get("not_shown")
     return "\n".join(
         [
-            table(header, rows),
+            table(header, rows, words=texts),
+            *([not_shown] if not_shown else []),
             f"the speed model's error on published runs: {'; '.join(errors)}",
             "",
             f"memory of one GPU at {result['config']['batch_size']} x 1024 in bf16, CUDA's own not counted:",
-            table(["kind", "machine", "replicas x shards", "peak", "activations", "where from"], memory),
+            table(
+                ["kind", "machine", "replicas x shards", "peak", "activations", "where from"],
+                memory,
+                words=texts,
+            ),
             "the dry run's error on what fits a CPU: python -m benchmarks.sharding --dry-run --check",
         ]
     )

@@ -360,8 +360,8 @@ def measured_on_an_h100(benchmark: str) -> dict[str, Any]:
     """A result of throughput or peers with 500,000 tokens a second for GPT-2, and some that do not count."""
     gpt2, xl = ({"model": asdict(GPT2Config.named(name))} for name in ("gpt2", "gpt2-xl"))
     rows = [
-        {"tokens_per_second": 4e5, "work": gpt2},
-        {"tokens_per_second": 5e5, "work": gpt2},
+        {"tokens_per_second": 4e5, "work": gpt2 | {"batch_size": 32}, "memory": {"steps": 90}},
+        {"tokens_per_second": 5e5, "work": gpt2 | {"batch_size": 64}, "memory": {"steps": 25_000_000_000}},
         {"tokens_per_second": 9e5, "work": xl},
         {"tokens_per_second": 9e5, "work": gpt2, "ranks": 2},
         {"error": "out of memory"},
@@ -376,10 +376,33 @@ def test_a_measured_rate_stands_beside_the_prediction_with_its_error(tmp_path: P
     path = tmp_path / "measured.json"
     for text in (json.dumps(measured), json.dumps({"benchmark": "report", "results": {benchmark: measured}})):
         path.write_text("a table\n" + text)
-        rows = predict.benchmark(predict.PredictConfig(measured=path, quick=True))["rows"]
-        (row,) = [row for row in rows if row["kind"] == "measured"]
+        result = predict.benchmark(predict.PredictConfig(measured=path, quick=True))
+        (row,) = [row for row in result["rows"] if row["kind"] == "measured"]
         assert (row["machine"], row["tokens_per_second"]) == ("1x H100", 5e5)
         assert "the model is off by +" in row["note"]
+        (peak,) = [row for row in result["memory"] if row["kind"] == "measured"]
+        (planned,) = [row for row in result["memory"] if row not in (peak,) and row["machine"] == "1x H100"]
+        assert (peak["machine"], peak["total_bytes"]) == ("1x H100", 25_000_000_000)
+        error = planned["total_bytes"] / 25_000_000_000 - 1
+        assert peak["note"] == f"{path}; the formula is off by {error:+.1%}"
+        assert "MEASURED   1x H100              1 x 1  25.0 GB" in predict.table_of(result)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"facts": {"hardware": "AMD EPYC"}}, "it is of AMD EPYC, and the model knows A100 and H100"),
+        ({"rows": [{"error": "out of memory"}]}, "it has no step of GPT-2 124M with 1,024 tokens on one GPU"),
+    ],
+)
+def test_a_measurement_that_is_not_in_the_table_is_named(
+    changed: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(measured_on_an_h100("throughput") | changed))
+    result = predict.benchmark(predict.PredictConfig(measured=path, quick=True))
+    assert {row["kind"] for row in result["rows"] + result["memory"]} == {"published", "claimed", "predicted"}
+    assert f"{path} is not in the table: {why}\n" in predict.table_of(result)
 
 
 def test_several_gpus_are_as_fast_as_one_was_less_what_the_ring_shows(tmp_path: Path) -> None:
@@ -1059,3 +1082,4 @@ def test_a_report_names_the_driver_and_the_cuda_that_torch_was_built_with() -> N
 def test_a_spread_and_a_table() -> None:
     assert spread([3.0, 1.0, 2.0])._asdict() == dict(median=2.0, min=1.0, max=3.0, low=1.5, high=2.5, count=3)
     assert table(["a", "bb"], [["x", "1"], ["yy", "22"]]) == "a   bb\n--  --\nx    1\nyy  22"
+    assert table(["a", "bb"], [["x", "1"], ["yy", "22"]], words=["bb"]) == "a   bb\n--  --\nx   1\nyy  22"
