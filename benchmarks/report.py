@@ -274,9 +274,9 @@ def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 HONESTY = (
     "Rows marked PUBLISHED or CLAIMED are other people's figures and PREDICTED ones come from a model, with "
-    "its error on what could be measured; everything else was measured here by the command above it. Times are "
-    "medians with their range: other programs' load makes absolute figures worse and leaves ratios of turns "
-    "about right. The load named with each command is that at its end, its own threads included."
+    "its error on what could be measured; everything else was measured here by the command above it. Times "
+    "are medians with their range: other programs' load makes absolute figures worse and leaves ratios of "
+    "turns about right. The load named with each command is that at its end, its own threads included."
 )
 
 
