@@ -18,13 +18,15 @@ import tyro
 from benchmarks.measure import finish, one_line_errors, read_json, spread, table
 from nanogpt.command import parse
 from nanogpt.errors import UserError
+from nanogpt.units import format_bytes
 
 SMALLEST_CHANGE = 0.02
 FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
 ENOUGH_FOR_QUARTILES = 10
 SMALLEST_CHANGE_BYTES = 5e6  # what a process's memory varies by itself
 HIGHER_IS_BETTER = ("tokens_per_second", "speedup", "share_of_product")
-MEMORY_KEYS = ("steps", "peak_growth_bytes")
+WORK_KEYS = ("contender", "work", "layout", "file_bytes", "megabytes")
+MEMORY_KEYS = ("memory/steps", "peak_growth_bytes", "peak_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +46,28 @@ def spreads(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, float]]
             yield path, value
             return
         for key, part in value.items():
-            if key in MEMORY_KEYS and isinstance(part, int):
+            if f"{path}/{key}".endswith(MEMORY_KEYS) and isinstance(part, int):
                 yield f"{path}/{key}", spread([part])._asdict()
-            yield from spreads(part, f"{path}/{label_of(part, key)}")
+            yield from spreads(part, f"{path}/{' '.join(filter(None, [key, label_of(part)]))}")
     elif isinstance(value, list):
         for number, part in enumerate(value):
-            yield from spreads(part, f"{path}/{label_of(part, str(number))}")
+            yield from spreads(part, f"{path}/{label_of(part) or number}")
 
 
-def label_of(part: Any, key: str) -> str:
-    """The name of a part; a row is named by its work, so that it is found again in any position."""
+def label_of(part: Any) -> str:
+    """The work that a part is of, so that a row is found again in any position; "" if it does not say."""
     if isinstance(part, dict) and "engine" in part:
         return f"{part['engine']} {part['workers']} workers"
     work = part.get("work") if isinstance(part, dict) else None
     if not isinstance(work, dict) or "batch_size" not in work:
-        return key
+        return ""
     model, compiled = work["model"], "compiled" if work["compile"] else "eager"
     return (
         f"{model['n_layer']}x{model['n_embd']} {work['batch_size']}x{model['block_size']} "
         f"{work['precision']} {work['attention']} {compiled}"
         + (f" x {work['accumulation']}" if work.get("accumulation", 1) > 1 else "")
         + (f" on {part['ranks']} ranks" if part.get("ranks", 1) > 1 else "")
+        + (" and all keep memory" if work.get("all_keep_memory") else "")
     )
 
 
@@ -117,13 +120,12 @@ def main() -> None:
         entries = compare(before, after)
         if hardware_of(before) != hardware_of(after):
             print(f"not the same machine: {hardware_of(before)} and {hardware_of(after)}", file=sys.stderr)
-        if "work" in before and before["work"] != after["work"]:
-            print("not the same work; see the two files", file=sys.stderr)
+        for name, values in other_work(before, after):
+            print(f"not the same work of {name}: {values}", file=sys.stderr)
         rows = [
             [
                 entry["number"],
-                f"{entry['before']:.5g}",
-                f"{entry['after']:.5g}",
+                *(shown(entry["number"], entry[when]) for when in ("before", "after")),
                 f"{entry['after'] / entry['before'] - 1:+.1%}" if entry["before"] else "",
                 entry["verdict"],
             ]
@@ -134,6 +136,24 @@ def main() -> None:
             word: sum(entry["verdict"] == word for entry in entries) for word in ("better", "worse", "same")
         }
         finish({"benchmark": "compare", "counts": counts, "entries": entries})
+
+
+def shown(path: str, value: float) -> str:
+    """A number as people read it."""
+    return format_bytes(value) if path.endswith(MEMORY_KEYS) else f"{value:.5g}"
+
+
+def other_work(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(benchmark, what differs) of what both measured and was not asked for in the same way."""
+    old, new = (result.get("results", {result["benchmark"]: result}) for result in (before, after))
+    for name in sorted(old.keys() & new.keys()):
+        for key in WORK_KEYS:
+            one, other = (result[name].get(key, {}) for result in (old, new))
+            if not isinstance(one, dict) or not isinstance(other, dict):
+                one, other = {key: one}, {key: other}
+            for word in sorted(one.keys() & other.keys()):
+                if one[word] != other[word]:
+                    yield name, f"{word} {one[word]} and {other[word]}"
 
 
 def hardware_of(result: dict[str, Any]) -> str:

@@ -455,6 +455,8 @@ def test_a_few_megabytes_are_what_a_process_gains_by_itself() -> None:
     assert verdict(160e3, 4e6, "readers/pread/peak_growth_bytes") == "same"
     assert verdict(160e3, 7e6, "readers/pread/peak_growth_bytes") == "worse"
     assert verdict(3e9, 3.5e9, "rows/1/memory/steps") == "worse"
+    assert verdict(3e9, 3.5e9, "rows/tiktoken 2 workers/peak_bytes") == "worse"
+    assert verdict(3e6, 4e6, "rows/tiktoken 2 workers/peak_bytes") == "same"
     assert verdict(160e3, 4e6, "tokens_per_second") == "better"
 
 
@@ -499,6 +501,36 @@ def test_rows_are_compared_by_their_work_wherever_they_stand() -> None:
     assert [(entry["number"], entry["verdict"]) for entry in entries] == [
         ("rows/12x768 2x1024 float32 auto compiled/step_s", "worse")
     ]
+
+
+def test_what_was_not_asked_for_in_the_same_way_is_named() -> None:
+    one = {"benchmark": "parts", "work": {"tokens": 1024, "new_tokens": 16}}
+    other = {"benchmark": "parts", "work": {"new_tokens": 32, "precision": "bfloat16"}}
+    assert list(compare.other_work(one, other)) == [("parts", "new_tokens 16 and 32")]
+    reports = (
+        {"benchmark": "report", "results": {"parts": part, name: {}}}
+        for part, name in ((one, "a"), (other, "b"))
+    )
+    assert list(compare.other_work(*reports)) == [("parts", "new_tokens 16 and 32")]
+    files = ({"benchmark": "data", "file_bytes": size} for size in (1, 2))
+    assert list(compare.other_work(*files)) == [("data", "file_bytes 1 and 2")]
+
+
+def test_a_number_of_a_report_says_whose_it_is() -> None:
+    def named(keep: bool) -> str:
+        memory = {"steps": 3_500_000_000}
+        result = {
+            "work": asdict(replace(WORK, all_keep_memory=keep)),
+            "contenders": {"ours": {"memory": memory}},
+        }
+        ((path, point),) = compare.spreads({"results": {"peers": result}})
+        assert point["median"] == 3_500_000_000
+        return path
+
+    work = "2x32 2x16 float32 auto eager x 2"
+    assert named(False) == f"/results/peers {work}/contenders/ours/memory/steps"
+    assert named(True) == f"/results/peers {work} and all keep memory/contenders/ours/memory/steps"
+    assert compare.shown(named(False), 3_500_000_000) == "3.5 GB"
 
 
 def test_results_of_two_benchmarks_are_not_compared() -> None:
