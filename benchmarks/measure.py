@@ -20,6 +20,7 @@ from nanogpt.command import mistakes_in_a_sentence
 from nanogpt.errors import UserError
 from nanogpt.run_dir import git_commit
 
+FIRST_STEP = "a first step finds whatever compile cache earlier processes have left"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 

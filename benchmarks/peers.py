@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.contenders import Work, check_installed, installed_contenders
 from benchmarks.measure import (
+    FIRST_STEP,
     choose_device,
     facts,
     finish,
@@ -280,7 +281,7 @@ def table_of(result: dict[str, Any]) -> str:
     header = ["contender", "tokens/s", "MFU", *(["of a bare product (quartiles)"] if has_shares else [])]
     header += ["step s: median (min - max)"]
     header += ["ours is x times as fast (quartiles)", "peak, steps", "peak, whole", "first step s", "loss"]
-    notes = [f"MFU is of {result['peak_flops'] / 1e12:.4g} TFLOP/s, {result['peak_source']}"]
+    notes = [f"MFU is of {result['peak_flops'] / 1e12:.4g} TFLOP/s, {result['peak_source']}", FIRST_STEP]
     if has_shares:
         rates = spread(rate / 1e9 for rate in result["product_flops_per_second"])
         notes.append(

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,11 @@ def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
     """(caption, SVG) of each picture, by the benchmark that it belongs to."""
     drawings: list[tuple[str, Callable[[Axes, Result], None], str]] = [
         ("throughput", draw_speed, "Tokens a second by sequences in a microstep."),
-        ("throughput", draw_memory, "Memory of a step: planned by kind, and measured (marks)."),
+        (
+            "throughput",
+            draw_memory,
+            "Memory of a step: planned by kind (hatched), and measured (marks; on a CPU with torch itself).",
+        ),
         ("peers", draw_peers, "Each contender's steps (dots) and median (bars)."),
         ("limit", draw_breakdown, "Seconds of a step: the floor, and what was profiled."),
         ("limit", draw_roofline, "The model's products on the measured roofline."),
@@ -34,7 +39,8 @@ def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
     for name, draw, caption in drawings:
         result = results.get(name)
         if result is not None and "error" not in result and has_rows(result):
-            found.setdefault(name, []).append((caption, svg_of(draw, result)))
+            pictures = found.setdefault(name, [])
+            pictures.append((caption, with_names(svg_of(draw, result), f"{name}-{len(pictures)}")))
     return found
 
 
@@ -55,17 +61,34 @@ def svg_of(draw: Callable[[Axes, Result], None], result: Result) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def with_names(svg: str, whose: str) -> str:
+    """The SVG with names of its own: a page has several, and may have a name once."""
+    return re.sub(r'( id="|href="#|url\(#)', rf"\1{whose}-", svg)
+
+
+def model_of(row: Result) -> str:
+    """The row's model as the table calls it."""
+    return f"{row['work']['model']['n_layer']} x {row['work']['model']['n_embd']}"
+
+
 def draw_speed(axes: Axes, result: Result) -> None:
     """Tokens/s against the micro-batch, with a line for each combination of the other options."""
     lines: dict[str, list[tuple[int, Result]]] = {}
-    for row in result["rows"]:
-        if "error" not in row:
-            work = row["work"]
-            how = "compiled" if work["compile"] else "eager"
-            label = ", ".join(
-                [f"T = {work['model']['block_size']}", work["precision"], work["attention"], how]
-            )
-            lines.setdefault(label, []).append((work["batch_size"], row))
+    rows = [row for row in result["rows"] if "error" not in row]
+    several_models = len(set(map(model_of, rows))) > 1
+    for row in rows:
+        work = row["work"]
+        how = "compiled" if work["compile"] else "eager"
+        label = ", ".join(
+            [
+                *([model_of(row)] if several_models else []),
+                f"T = {work['model']['block_size']}",
+                work["precision"],
+                work["attention"],
+                how,
+            ]
+        )
+        lines.setdefault(label, []).append((work["batch_size"], row))
     for label, points in lines.items():
         sizes = [size for size, _ in points]
         rates = [row["tokens_per_second"] for _, row in points]
@@ -82,6 +105,8 @@ def draw_speed(axes: Axes, result: Result) -> None:
 def draw_memory(axes: Axes, result: Result) -> None:
     """The plan's kinds stacked, and the measured peak of the process as a mark."""
     rows = [row for row in result["rows"] if "error" not in row]
+    several_models = len(set(map(model_of, rows))) > 1
+    several_precisions = len({row["work"]["precision"] for row in rows}) > 1
     labels = []
     bottoms = [0.0] * len(rows)
     plans = []
@@ -95,22 +120,26 @@ def draw_memory(axes: Axes, result: Result) -> None:
                 block_size=work["model"]["block_size"],
                 precision=work["precision"],
                 loss_chunk_tokens=row.get("loss_chunk_tokens", here),
+                accumulation=work["accumulation"],
                 compile=work["compile"],
                 device_type=work["device"],
             )
         )
         how = "" if work["compile"] else " eager"
         how += "" if work["attention"] == "auto" else f" {work['attention']}"
+        how += f" {work['precision']}" if several_precisions else ""
+        how += f" of {model_of(row)}" if several_models else ""
         labels.append(f"{work['batch_size']} x {work['model']['block_size']}{how}")
     for kind in [kind for kind in plans[0] if kind != "total" and any(plan[kind] for plan in plans)]:
         sizes = [plan[kind] / 1e9 for plan in plans]
-        axes.bar(range(len(rows)), sizes, bottom=bottoms, label=kind, width=0.6)
+        axes.bar(range(len(rows)), sizes, 0.6, bottoms, label=kind, hatch="///", alpha=0.7)
         bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
     measured = [row["memory"]["steps"] / 1e9 for row in rows]
     axes.plot(range(len(rows)), measured, "k_", markersize=20, label="measured peak")
     axes.set_xticks(range(len(rows)), labels, fontsize=7, rotation=30, ha="right")
     axes.set(ylabel="GB")
-    axes.legend(frameon=False, fontsize=7, ncols=2)
+    axes.margins(y=0.3)  # for the legend
+    axes.legend(frameon=False, fontsize=7, ncols=4, loc="upper left")
 
 
 def draw_peers(axes: Axes, result: Result) -> None:

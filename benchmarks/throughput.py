@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks.contenders import SEED, Work, batches_of, check_imports, make_optimizer, step_of
 from benchmarks.measure import (
+    FIRST_STEP,
     choose_device,
     facts,
     finish,
@@ -43,7 +44,10 @@ from nanogpt.units import format_bytes
 
 CUDA_TURNS = 5
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
-CACHE = "TORCHINDUCTOR_CACHE_DIR"
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+STARTS = """\
+cold and warm: from torch's import to the end of a first step in a new process, with an empty compile cache,
+and with what that left; PyTorch's precompiled header, which lies elsewhere, may be there from earlier ones"""
 COLLECTIVE_LIMIT_S = 1800.0  # ranks wait for one another while each compiles
 
 
@@ -195,7 +199,7 @@ def cold_and_warm_s(contender: str, work: Work) -> dict[str, float]:
     starts = {}
     with tempfile.TemporaryDirectory(prefix="nanogpt-compile-") as cache:
         for name in ("cold_s", "warm_s"):
-            with Worker(contender, work, {CACHE: cache}) as worker:
+            with Worker(contender, work, dict.fromkeys(CACHES, cache)) as worker:
                 started = worker.start()
             starts[name] = started.build_s + started.first_step_s
             say(f"{name}: {starts[name]:.1f}")
@@ -367,7 +371,9 @@ def table_of(result: dict[str, Any]) -> str:
                 *(f"{starts[name]:.1f}" if name in starts else "" for name in ("cold_s", "warm_s")),
             ]
         )
-    return "\n".join([table(header, rows), *(f"MFU is of {source}" for source in sorted(sources))])
+    notes = [*(f"MFU is of {source}" for source in sorted(sources)), FIRST_STEP]
+    notes += [STARTS] if any(row.get("starts") for row in result["rows"]) else []
+    return "\n".join([table(header, rows), *notes])
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """Benchmarks at tiny sizes: they measure what they say, contenders do equal work, reports name kinds."""
 
+import contextlib
 import functools
+import html
 import itertools
 import json
 import os
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks import (
     compare,
@@ -613,10 +616,44 @@ def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) ->
     page = paths[".html"]
     assert page.count("<svg") == 4
     assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)", page)
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(names)
     for text in (page, paths[".md"]):
         assert "python -m benchmarks.data ended with status 1" in text
         assert "PREDICTED" in text
         assert text.count("load average") == 4
+
+
+@pytest.mark.parametrize("path", sorted(report.REPORTS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_text_is_that_of_the_committed_numbers(path: Path) -> None:
+    page = path.with_suffix(".html").read_text()
+    render = f"python -m benchmarks.report --render benchmarks/reports/{path.name}"
+    found = report.read_report(path)
+    assert path.with_suffix(".md").read_text() == report.markdown_of(found), render
+    for _, _, text in report.sections_of(found):
+        assert f"<pre>{html.escape(text)}</pre>" in page, render
+
+
+def test_a_picture_tells_models_and_precisions_apart() -> None:
+    rows = [
+        throughput.row_of(replace(WORK, **changed), [2.0], {"steps": 1, "whole": 2}, 3.0)
+        for changed in ({}, {"model": replace(TINY, n_layer=1)}, {"precision": "bfloat16"})
+    ]
+    speed, memory = Figure().subplots(), Figure().subplots()
+    pictures.draw_speed(speed, {"rows": rows})
+    assert [label.split(",")[0] for label in speed.get_legend_handles_labels()[1]] == [
+        "2 x 32",
+        "1 x 32",
+        "2 x 32",
+    ]
+    pictures.draw_memory(memory, {"rows": rows})
+    assert [label.get_text() for label in memory.get_xticklabels()] == [
+        "2 x 16 eager float32 of 2 x 32",
+        "2 x 16 eager float32 of 1 x 32",
+        "2 x 16 eager bfloat16 of 2 x 32",
+    ]
+    assert {bar.get_hatch() for bar in memory.patches} == {"///"}  # what is planned was not measured
 
 
 def test_a_report_keeps_what_it_has_when_it_is_stopped(
@@ -875,6 +912,39 @@ def test_only_the_first_row_is_started_cold_and_warm(monkeypatch: pytest.MonkeyP
     for starts in (True, False):
         throughput.benchmark(throughput.ThroughputConfig(batch_size=(1, 2, 4), starts=starts, device="cpu"))
     assert started == [True, False, False] + 3 * [False]
+
+
+def test_a_cold_start_has_no_cache_and_a_warm_one_that_of_the_cold_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caches = []
+
+    class NewWorker(contextlib.nullcontext):
+        def __init__(self, contender: str, work: Work, environment: dict[str, str]) -> None:
+            super().__init__(self)
+            caches.append(
+                (set(environment), {*environment.values()}, os.listdir(environment["TRITON_CACHE_DIR"]))
+            )
+            Path(environment["TORCHINDUCTOR_CACHE_DIR"], "graph").touch()
+
+        def start(self) -> Any:
+            return Started(1.0, 2.0, 0)
+
+    monkeypatch.setattr(throughput, "Worker", NewWorker)
+    assert throughput.cold_and_warm_s("ours", WORK) == {"cold_s": 3.0, "warm_s": 3.0}
+    (names, folders, cold), (_, same_folders, warm) = caches
+    assert names == {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    assert folders == same_folders
+    assert (len(folders), cold, warm) == (1, [], ["graph"])
+
+
+def test_a_table_says_what_a_first_step_found() -> None:
+    row = throughput.row_of(WORK, [2.0], {"steps": 1, "whole": 2}, 3.0)
+    (row,) = throughput.with_mfu([row], {WORK.precision: (1e9, "a peak")})
+    lines = throughput.table_of({"rows": [row]}).splitlines()
+    assert lines[-1] == "a first step finds whatever compile cache earlier processes have left"
+    started = row | {"starts": {"cold_s": 20.0, "warm_s": 8.0}}
+    assert "PyTorch's precompiled header" in throughput.table_of({"rows": [started]}).splitlines()[-1]
 
 
 def test_throughput_has_a_row_for_each_combination() -> None:
