@@ -100,6 +100,12 @@ def command_name() -> str:
     return spec.name if spec else os.path.basename(sys.argv[0])
 
 
+def versions_line(versions: dict[str, str | None]) -> list[str]:
+    """What ran, where it is known: a note below a table."""
+    known = [f"{name} {version}" for name, version in versions.items() if version]
+    return [", ".join(known)] if known else []
+
+
 def say(text: str) -> None:
     """Prints progress on stderr: it is not part of the result."""
     print(text, file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ from benchmarks.measure import (
     say,
     spread,
     table,
+    versions_line,
 )
 from benchmarks.worker import Memory, Started, Worker, WorkerError
 from nanogpt import perf
@@ -295,7 +296,7 @@ def table_of(result: dict[str, Any]) -> str:
     if "litgpt" in result["contenders"]:
         notes.append("litgpt has rotary positions, no learned ones, and starts from other weights")
     notes += [f"{name} failed and is left out: {why}" for name, why in result.get("failed", {}).items()]
-    return "\n".join([table(header, rows), *notes])
+    return "\n".join([table(header, rows), *notes, *versions_line(result.get("versions", {}))])
 
 
 def main() -> None:

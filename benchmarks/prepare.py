@@ -24,7 +24,16 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
+from benchmarks.measure import (
+    facts,
+    finish,
+    one_line_errors,
+    require_at_least,
+    say,
+    spread,
+    table,
+    versions_line,
+)
 from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import bundled_text
@@ -206,7 +215,7 @@ def table_of(result: dict[str, Any]) -> str:
             share = f"{rates['median'] / bare_rate:.0%}"
             lines.append([row["engine"], str(row["workers"]), what, low, median, high, share, memory])
     header = ["tokenizer", "workers", "what", "tokens/s: min", "median", "max", "of bare", "peak memory"]
-    return table(header, lines)
+    return "\n".join([table(header, lines), *versions_line(result["versions"])])
 
 
 def main() -> None:

@@ -635,6 +635,15 @@ def test_the_committed_text_is_that_of_the_committed_numbers(path: Path) -> None
         assert f"<pre>{html.escape(text)}</pre>" in page, render
 
 
+def test_a_table_names_the_versions_of_others_where_they_are_known() -> None:
+    results = report.read_report(report.REPORTS / "cpu-2-cores-amd-epyc-bf16.json")["results"]
+    versions = {"transformers": "5.1", "litgpt": None}
+    assert peers.table_of(results["peers"] | {"versions": versions}).splitlines()[-1] == "transformers 5.1"
+    assert prepare.table_of(results["prepare"] | {"versions": {"numpy": "2.4", "tiktoken": "0.14"}}).endswith(
+        "\nnumpy 2.4, tiktoken 0.14"
+    )
+
+
 def test_a_picture_tells_models_and_precisions_apart() -> None:
     rows = [
         throughput.row_of(replace(WORK, **changed), [2.0], {"steps": 1, "whole": 2}, 3.0)
