@@ -24,6 +24,8 @@ from nanogpt.units import format_bytes
 
 REPORTS = Path(__file__).parent / "reports"
 COMMAND_LIMIT_S = 3 * 3600
+MISTAKE = 2
+"""Status of a program that was asked for what it does not do."""
 TABLES = {
     "throughput": throughput.table_of,
     "peers": peers.table_of,
@@ -144,7 +146,7 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
         return {"benchmark": name, "error": error}
     if done.returncode:
         error = f"python -m benchmarks.{name} {arguments} ended with status {done.returncode}"
-        return {"benchmark": name, "error": error}
+        return {"benchmark": name, "error": error, "status": done.returncode}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -166,7 +168,8 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
 
     It is written to `path` after each benchmark, for later ones that read it and for a user who stops early.
     Predictions measure nothing: made again elsewhere, alone, they leave the report that of the machine it was
-    measured on. Raises UserError if another machine's results would stay beside this one's.
+    measured on. Raises UserError if another machine's results would stay beside this one's, or if a benchmark
+    refuses the user's arguments; results from before stay.
     """
     old = read_report(path) if path.exists() else {}
     if config.only == ("predict",):
@@ -190,7 +193,13 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
             arguments = arguments.replace(word, text)
         if name in ON_A_DEVICE:
             arguments = f"--device {device} {arguments}".strip()
-        results[name] = run_benchmark(name, arguments)
+        found = run_benchmark(name, arguments)
+        if name in config.own_arguments and found.get("status") == MISTAKE:
+            raise UserError(
+                f"{found['error']} for the reason above, expected arguments that it takes; set --arguments, "
+                f"and --only to what is still to be measured"
+            )
+        results[name] = found
         path.write_text(json.dumps(report))
     return report
 

@@ -682,6 +682,26 @@ def test_a_report_keeps_what_it_has_when_it_is_stopped(
     assert results["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
 
 
+def test_arguments_that_a_benchmark_refuses_cost_a_report_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "here.json"
+    older = {
+        "benchmark": "report",
+        "facts": ZEN4,
+        "results": {"predict": {"benchmark": "predict", "rows": []}},
+    }
+    path.write_text(json.dumps(older))
+    config = report.ReportConfig(only=("predict",), arguments=("predict --quick --batch-size 0",))
+    with pytest.raises(
+        UserError,
+        match=r"predict --quick --batch-size 0 ended with status 2 for the reason above, .* set --arg",
+    ):
+        report.measure(config, ZEN4, path)
+    assert "error: batch size is 0, expected at least 1; set --batch-size" in capfd.readouterr().err
+    assert read_json(path) == older
+
+
 def test_predictions_made_elsewhere_leave_the_report_that_of_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
