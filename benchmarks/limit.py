@@ -250,6 +250,7 @@ def breakdown(work: Work, contender: str, steps: int) -> dict[str, Any]:
     longest = dict(sorted(top.items(), key=lambda item: -item[1])[:12])
     return {
         "step_s": spread(seconds)._asdict(),
+        "seconds": seconds,
         "profiled_step_s": profiled_s,
         "groups_s": groups,
         "longest_s": longest,

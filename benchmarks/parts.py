@@ -203,7 +203,13 @@ def benchmark(config: PartsConfig) -> dict[str, Any]:
         "compile": compile,
     }
     summed = {name: spread(values)._asdict() for name, values in seconds.items()}
-    return {"benchmark": "parts", "facts": facts(device), "work": work, "seconds": summed}
+    return {
+        "benchmark": "parts",
+        "facts": facts(device),
+        "work": work,
+        "seconds": summed,
+        "timings_s": seconds,
+    }
 
 
 def table_of(result: dict[str, Any]) -> str:

@@ -336,6 +336,7 @@ def test_the_breakdown_is_of_one_step_and_counts_no_time_twice() -> None:
     found = limit.breakdown(replace(WORK, model=model, batch_size=4, accumulation=1), "ours", steps=3)
     groups, step_s = found["groups_s"], found["profiled_step_s"]
     work_s = sum(groups.values()) - groups["idle"]
+    assert found["step_s"] == spread(found["seconds"])._asdict()
     assert 0.3 * step_s < work_s < 1.05 * step_s
     assert groups["matmul"] > 0
 
@@ -611,6 +612,8 @@ def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) ->
         "data": {"benchmark": "data", "error": "python -m benchmarks.data ended with status 1"},
     }
     written = {"benchmark": "report", "facts": results["limit"]["facts"], "results": results}
+    timings = results["parts"]["timings_s"]
+    assert results["parts"]["seconds"] == {name: spread(values)._asdict() for name, values in timings.items()}
     paths = {path.suffix: path.read_text() for path in report.write(written, tmp_path, "here")}
     assert json.loads(paths[".json"])["results"].keys() == results.keys()
     page = paths[".html"]
