@@ -50,18 +50,29 @@ def find_folder(path: str | None) -> tuple[Path, str]:
     """
     note = ""
     if path is None:
-        path = str(OPENWEBTEXT) if OPENWEBTEXT.is_dir() else "shakespeare"
+        path = str(OPENWEBTEXT) if is_folder(OPENWEBTEXT) else "shakespeare"
         if path == "shakespeare":
             note = f"bundled, since {OPENWEBTEXT} is not prepared"
-    if path in BUNDLED and not Path(path).is_dir():
-        return ensure_bundled(BUNDLED[path]), note
     folder = Path(path)
-    if not folder.is_dir():
+    if path in BUNDLED and not is_folder(folder):
+        return ensure_bundled(BUNDLED[path]), note
+    if not is_folder(folder):
         raise UserError(
             f"no data folder at {folder}; set --data.path to a folder with train.bin and val.bin or to "
             f"shakespeare, or prepare one with python -m nanogpt.prepare openwebtext --out {folder}"
         )
     return folder, note
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder. Raises UserError where the system does not say."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise UserError(
+            f"the data folder {path} cannot be looked at ({error.strerror}), expected one that you may read; "
+            f"set --data.path to another"
+        ) from error
 
 
 def open_split(folder: Path, split: str, manifest: dict[str, Any] | None, config: RunConfig) -> Tokens:

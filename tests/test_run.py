@@ -317,6 +317,19 @@ def test_a_missing_data_folder(refused: Callable[..., str], tmp_path: Path) -> N
     assert "no data folder at" in refused(data__path=tmp_path / "nowhere")
 
 
+def test_a_data_folder_that_the_system_does_not_show(refused: Callable[..., str]) -> None:
+    """As below a folder of somebody else, which a test of root would see: a name is too long for root too."""
+    assert "cannot be looked at (File name too long), expected" in refused(data__path="x" * 300)
+
+
+def test_a_cache_directory_that_the_system_does_not_show(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOGPT_CACHE", "x" * 300)
+    said = refused(data__path="shakespeare-char")
+    assert "(File name too long), expected a writable cache directory; set NANOGPT_CACHE" in said
+
+
 def test_an_empty_data_folder(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no token file at" in refused(data__path=tmp_path / "empty")

@@ -46,9 +46,9 @@ def ensure_bundled(tokenizer_name: str = "gpt2") -> Path:
     key = f"{MANIFEST_VERSION} {__version__} {sha256(text.encode())} {tokenizer.describe()['sha256']}"
     name = SHAKESPEARE if tokenizer_name == "gpt2" else f"{SHAKESPEARE}-{tokenizer_name}"
     folder = cache_directory() / f"{name}-{sha256(key.encode())[:12]}"
-    if (folder / "manifest.json").is_file() and has_expected_sizes(folder, read_manifest(folder)):
-        return folder
     try:
+        if (folder / "manifest.json").is_file() and has_expected_sizes(folder, read_manifest(folder)):
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         write_bundled(folder, text, tokenizer)
     except OSError as error:
