@@ -23,7 +23,7 @@ class Dataset(NamedTuple):
     """None if neither a manifest nor the vocabulary's size identifies it."""
     hash: str
     note: str
-    """Why this folder was chosen, if the user has not named one."""
+    """Why this folder was chosen, if the user has not named one, or what a run cannot do with it."""
 
 
 def open_dataset(config: RunConfig) -> Dataset:
@@ -38,7 +38,9 @@ def open_dataset(config: RunConfig) -> Dataset:
     tokenizer = tokenizer_from(manifest["tokenizer"]) if manifest else None
     if manifest is None and config.model.vocab_size == gpt2().vocab_size:
         tokenizer = gpt2()  # nanoGPT's folders hold GPT-2's tokens and do not say so
-    if tokenizer is not None:
+    if tokenizer is None:
+        note = "no samples: without a manifest nothing says which text its ids stand for"
+    else:
         check_prompt(tokenizer.encode(config.sample.prompt), config)
     return Dataset(folder, train, val, tokenizer, f"{fingerprint(train)}-{fingerprint(val)}", note)
 

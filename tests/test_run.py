@@ -272,6 +272,16 @@ def test_the_plan_comes_first_and_alone_writes_nothing(go: Go, tmp_path: Path, c
     assert said.index("compute") < said.index("step 1/1")
 
 
+def test_the_plan_says_why_there_will_be_no_samples(go: Go, tmp_path: Path, capsys: Any) -> None:
+    """Of characters that nanoGPT has numbered, which only its meta.pkl names: a program, not data."""
+    write_tokens(tmp_path / "data", np.arange(400) % 32)
+    go(tmp_path / "run", "--plan", data__path=tmp_path / "data")
+    assert "no samples" not in capsys.readouterr().out
+    (tmp_path / "data/manifest.json").unlink()
+    go(tmp_path / "run", "--plan", data__path=tmp_path / "data")
+    assert "(no samples: without a manifest" in capsys.readouterr().out
+
+
 def test_a_finished_run_says_so_and_computes_nothing(go: Go, tmp_path: Path, capsys: Any) -> None:
     go(tmp_path / "run", *EAGER, train__max_steps=3)
     before = contents(tmp_path)
