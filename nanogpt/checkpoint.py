@@ -129,11 +129,11 @@ class Checkpointer:
 
     def _restore(self, step: int, like: Tree) -> Tree:
         _require_step(self._directory, step)
-        expected = tree.paths(like)
-        if differences := tree.diff(_describe_arrays(self._directory, step), expected):
+        saved, expected = _describe_arrays(self._directory, step), tree.paths(like)
+        if differences := tree.diff(saved, expected):
             raise UserError(
                 f"the checkpoint of step {step} in {self._directory} is of another model or optimizer: "
-                f"{differences[0]} ({len(differences)} of {len(expected)} leaves differ); "
+                f"{differences[0]} ({len(differences)} of {len({*saved, *expected})} leaves differ); "
                 "use the config in its metadata, or another directory"
             )
         if not self._ranks.joined:

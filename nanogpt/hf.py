@@ -72,7 +72,8 @@ def load_pretrained(folder: Path) -> tuple[Params, GPT2Config]:
     if differences := tree.diff(params, shapes := dict(config.skeleton.named_parameters())):
         raise UserError(
             f"{folder} holds another model than its {CONFIG} says: {differences[0]} ({len(differences)} of "
-            f"{len(shapes)} leaves differ); expected both from one save_pretrained of a GPT2LMHeadModel"
+            f"{len({*params, *shapes})} leaves differ); expected both from one save_pretrained of a "
+            "GPT2LMHeadModel"
         )
     if head is not None and not head.equal(params[EMBEDDING]):
         raise UserError(f"{folder} has a head of its own, expected {HEAD} to be the token embedding")

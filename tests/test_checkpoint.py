@@ -325,7 +325,7 @@ def test_a_failed_save_says_so_and_the_next_one_works(checkpointer: Checkpointer
             "params/w is float32[2], expected float64[2] (1 of 2 leaves differ)",
         ),
         ({"v": torch.zeros(2)}, "params/v is missing (1 of 3 leaves differ)"),
-        ({"w": None}, "params/w is not expected (1 of 1 leaves differ)"),
+        ({"w": None}, "params/w is not expected (1 of 2 leaves differ)"),
     ],
     ids=["shape", "dtype", "missing", "extra"],
 )
