@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import signal
+import subprocess
 import types
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nanogpt.errors import UserError
+
 
 def as_one_graph(function: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
     """`function`, compiled at its first call, with its own count of recompilations.
@@ -20,7 +23,8 @@ def as_one_graph(function: Callable[..., Any], *, dynamic: bool | None = None) -
     `dynamic` is torch.compile's: False specialises on every size except those that are marked.
 
     torch.compile caches graphs by code object. Without a copy of it, two steps made from one source would
-    share a cache, and the ninth model in a process would reach the limit of recompilations.
+    share a cache, and the ninth model in a process would reach the limit of recompilations. Raises UserError
+    if the compiler that PyTorch calls fails.
     """
     own = types.FunctionType(
         function.__code__.replace(),
@@ -35,7 +39,31 @@ def as_one_graph(function: Callable[..., Any], *, dynamic: bool | None = None) -
         start_compiler()
         return torch.compile(own, fullgraph=True, dynamic=dynamic)
 
-    return lambda *arguments: compiled()(*arguments)
+    def call(*arguments: Any) -> Any:
+        try:
+            return compiled()(*arguments)
+        except errors_of_inductor().InductorError as error:
+            raise_if_compiler_failed(error.inner_exception)
+            raise
+
+    return call
+
+
+def errors_of_inductor() -> Any:
+    """The module of the exceptions that PyTorch's compiler raises."""
+    return importlib.import_module("torch._inductor.exc")
+
+
+def raise_if_compiler_failed(error: Exception) -> None:
+    """Raises UserError where `error` is of the C or C++ compiler and not of what PyTorch does before it."""
+    errors = errors_of_inductor()
+    if isinstance(error, (errors.CppCompileError, errors.InvalidCxxCompiler, subprocess.CalledProcessError)):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = next((line for line in lines if "error: " in line), lines[0])
+        raise UserError(
+            f"the compiler that PyTorch calls fails ({what}), expected a C++ compiler with the headers of "
+            f"this Python; install what is missing, or set --train.no-compile"
+        ) from error
 
 
 @functools.cache

@@ -1,16 +1,20 @@
 """The C++ compiler is tried once, with as few programs as will do, whoever asks; no Ctrl-C ends it."""
 
 import importlib
+import re
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nanogpt.graph import look_beside, start_compiler
+from nanogpt.errors import UserError
+from nanogpt.graph import as_one_graph, look_beside, start_compiler
 
 X86 = ["avx2", "avx512", "avx512_vnni", "amx_tile"]
 
@@ -83,6 +87,35 @@ def test_who_asks_gets_the_error_of_a_compiler_that_is_not_there(isa: Any, monke
     look_beside()
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
         isa.pick_vec_isa()
+
+
+NO_HEADERS = """
+case "$*" in *--version*) echo g++ 13; exit 0; esac
+echo "fatal error: Python.h: No such file" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [("exit 1", "No working C++ compiler found in "), (NO_HEADERS, "fatal error: Python.h: No such file")],
+    ids=["none that starts", "no headers"],
+)
+def test_a_compiler_that_fails_is_a_sentence(script: str, what: str, tmp_path: Path):
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    start_compiler()
+    config: Any = importlib.import_module("torch._inductor.config")
+    caches: Any = importlib.import_module("torch._inductor.utils")
+    isa: Any = importlib.import_module("torch._inductor.cpu_vec_isa")
+    isa.valid_vec_isa_list()  # the look at the real compiler is over
+    with (
+        caches.fresh_cache(),
+        config.patch({"cpp.cxx": (None, str(compiler))}),
+        pytest.raises(UserError, match=rf"PyTorch calls fails \({re.escape(what)}.*set --train.no-compile"),
+    ):
+        as_one_graph(lambda x: x.sin() + 1)(torch.ones(100))
 
 
 def test_a_signal_of_the_terminal_does_not_reach_a_compiler():
