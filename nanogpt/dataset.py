@@ -41,7 +41,7 @@ def open_dataset(config: RunConfig) -> Dataset:
     if tokenizer is None:
         note = "no samples: without a manifest nothing says which text its ids stand for"
     else:
-        check_prompt(tokenizer.encode(config.sample.prompt), config)
+        check_prompt(tokenizer, config)
     return Dataset(folder, train, val, tokenizer, f"{fingerprint(train)}-{fingerprint(val)}", note)
 
 
@@ -96,10 +96,15 @@ def open_split(folder: Path, split: str, manifest: dict[str, Any] | None, config
     return tokens
 
 
-def check_prompt(ids: list[int], config: RunConfig) -> None:
-    """Raises UserError unless there are ids and the model has them all."""
+def check_prompt(tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Raises UserError unless the prompt has ids and the model has them all."""
+    prompt = config.sample.prompt
+    try:
+        ids = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--sample.prompt {prompt!r}: {error}") from error
     if not ids or max(ids) >= config.model.vocab_size:
         raise UserError(
-            f"the prompt {config.sample.prompt!r} has the token ids {ids}, expected at least one and all "
+            f"the prompt {prompt!r} has the token ids {ids}, expected at least one and all "
             f"below --model.vocab-size {config.model.vocab_size:,}; set another --sample.prompt"
         )

@@ -412,6 +412,10 @@ def test_a_prompt_beyond_the_models_vocabulary(refused: Callable[..., str], tmp_
     assert "the prompt 'Z' has the token ids [26], expected at least one and all below" in said
 
 
+def test_a_prompt_of_a_character_that_the_text_has_not(refused: Callable[..., str]) -> None:
+    assert "--sample.prompt 'q': got the character 'q', expected one of the 32" in refused(sample__prompt="q")
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--train.precision", "int8"), ("--modle.n-layer", "1")])
 def test_a_flag_that_is_misspelled_is_named_with_what_was_expected(
     go: Go, tmp_path: Path, capsys: Any, flag: str, value: str
