@@ -96,9 +96,9 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
         return None
     if plan.start >= plan.last:
         console.message(
-            f"nothing to do: {config.run_dir} is at step {plan.start} of {plan.last}; see its {PICTURE}, or "
-            "write text "
-            f'with python -m nanogpt.sample --run-dir {config.run_dir} --prompt "..."'
+            f"nothing to do: {config.run_dir} is at step {plan.start}, and this run ends at step "
+            f"{plan.last}; see its {PICTURE}, or write text with "
+            f'python -m nanogpt.sample --run-dir {config.run_dir} --prompt "..."'
         )
         return RunResult(None, plan.start, None, None, config.run_dir)
     if plan.hardware.device.type == "cpu":

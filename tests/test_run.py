@@ -288,7 +288,10 @@ def test_a_finished_run_says_so_and_computes_nothing(go: Go, tmp_path: Path, cap
     again = go(tmp_path / "run", *EAGER, train__max_steps=3)
     assert again.state is None
     assert contents(tmp_path) == before
-    assert "nothing to do" in capsys.readouterr().out
+    assert "is at step 3, and this run ends at step 3; see its loss.png" in capsys.readouterr().out
+    go(tmp_path / "run", *EAGER, train__max_steps=3, train__stop_after=2)
+    assert contents(tmp_path) == before
+    assert "is at step 3, and this run ends at step 2; see its loss.png" in capsys.readouterr().out
 
 
 def test_what_decides_no_number_may_change_between_starts(go: Go, tmp_path: Path) -> None:
