@@ -50,24 +50,21 @@ def find_folder(path: str | None) -> tuple[Path, str]:
 
     Raises UserError if there is no such folder.
     """
-    note = ""
-    if path is None:
-        path = str(OPENWEBTEXT) if is_folder(OPENWEBTEXT) else "shakespeare"
-        if path == "shakespeare":
-            note = f"bundled, since {OPENWEBTEXT} is not prepared"
-    folder = Path(path)
+    if path is None and not is_folder(OPENWEBTEXT):
+        return ensure_bundled(BUNDLED["shakespeare"]), f"bundled, since {OPENWEBTEXT} is not prepared"
+    folder = OPENWEBTEXT if path is None else Path(path)
     if path in BUNDLED and not is_folder(folder):
-        return ensure_bundled(BUNDLED[path]), note
+        return ensure_bundled(BUNDLED[path]), ""
     if not is_folder(folder):
         raise UserError(
             f"no data folder at {folder}; set --data.path to a folder with train.bin and val.bin or to "
             f"shakespeare, or prepare one with python -m nanogpt.prepare openwebtext --out {folder}"
         )
-    return folder, note
+    return folder, ""
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is such a folder. Raises UserError where the system does not say."""
+    """Whether there is such a folder. Raises UserError if the system does not tell."""
     try:
         return path.is_dir()
     except OSError as error:

@@ -144,6 +144,16 @@ def test_the_quickstart_may_be_started_twice_and_says_what_is_next(
 # The others.
 
 
+def test_a_folder_that_happens_to_be_called_shakespeare_is_not_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shakespeare").mkdir()
+    monkeypatch.chdir(tmp_path)
+    dataset = open_dataset(RunConfig())
+    assert dataset.note == "bundled, since data/openwebtext is not prepared"
+    assert (dataset.folder / "train.bin").exists()
+
+
 def test_the_characters_of_the_bundled_text_fit_the_shakespeare_model() -> None:
     dataset = open_dataset(shakespeare.config)
     assert dataset.tokenizer.vocab_size == shakespeare.config.model.vocab_size
