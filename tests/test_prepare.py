@@ -223,8 +223,9 @@ def test_texts_between_separators_are_documents(end, documents, tmp_path):
     assert prepared(tmp_path / "a.txt", tmp_path / "out", "--separator", "%%") == plain_loop(documents)
 
 
-def test_standard_input_gives_the_same_files(documents, tmp_path, monkeypatch):
-    data = write_json_lines(tmp_path / "a.jsonl", documents).read_bytes()
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_standard_input_gives_the_same_files(mark, documents, tmp_path, monkeypatch):
+    data = mark + write_json_lines(tmp_path / "a.jsonl", documents).read_bytes()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
     assert prepared("-", tmp_path / "out") == plain_loop(documents)
 

@@ -1,5 +1,6 @@
 """What the user named: a hub data set, files, standard input or the bundled text, as numbered parts."""
 
+import codecs
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -227,7 +228,7 @@ def standard_input(stream: BufferedReader, options: Options) -> Source:
     name = "standard input"
     if options.separator is not None:
         kind, blocks = TEXT, stream_blocks(stream, name, options.separator)
-    elif stream.peek(1).lstrip().startswith(b"{"):
+    elif stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         kind, blocks = JSON_LINES, stream_blocks(stream, name, None)
     else:
         return single_text(name, stream.read(), options, TAIL_FRACTION)
