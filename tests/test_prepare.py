@@ -623,6 +623,7 @@ def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, ca
         (["--val-fraction", 1.0], "got --val-fraction 1.0, expected at least 0 and below 1"),
         (["--workers", 0], "got --workers 0, expected 1 or more"),
         (["--limit", 0], "got --limit 0, expected 1 or more documents"),
+        (["--limit", 2**63], "got --limit 9223372036854775808, expected 1 or more documents, up to 9,223,"),
         (["--limit", 1, "--val-fraction", 0.5], "got 1 documents of which 1 would validate"),
         (["--split-seed", -1], "got --split-seed -1, expected 0 or more"),
         (["--tokenizer", "char", "--engine", "fastokens"], "expected it installed and --tokenizer gpt2"),

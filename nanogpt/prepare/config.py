@@ -1,6 +1,7 @@
 """The settings of a `prepare` run. Cheap to import, so that the command can start its workers early."""
 
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,8 +50,11 @@ class PrepareConfig:
             )
         if self.workers is not None and self.workers < 1:
             raise UserError(f"got --workers {self.workers}, expected 1 or more; leave it out for one a core")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"got --limit {self.limit}, expected 1 or more documents; leave it out for all")
+        if self.limit is not None and not 1 <= self.limit <= sys.maxsize:
+            raise UserError(
+                f"got --limit {self.limit}, expected 1 or more documents, up to {sys.maxsize:,}; "
+                "leave it out for all"
+            )
         if self.split_seed < 0:
             raise UserError(
                 f"got --split-seed {self.split_seed}, expected 0 or more; the usual is {SPLIT_SEED}"
