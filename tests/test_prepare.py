@@ -907,6 +907,14 @@ def test_inspect_shows_counts_lengths_and_documents(documents, tmp_path, capsys)
     assert "First Citizen:\\nBefore we proceed" in shown
 
 
+def test_inspect_names_an_id_that_is_none(tmp_path, capsys):
+    shutil.copytree(ensure_bundled(), tmp_path / "data")
+    with (tmp_path / "data/train.bin").open("r+b") as file:
+        file.write(b"\xff\xff")
+    assert run("inspect", tmp_path / "data") == 2
+    assert "train.bin holds the id 65535, expected ids below 50257; delete" in capsys.readouterr().err
+
+
 def test_a_reader_who_has_seen_enough_ends_inspect_without_a_traceback(tmp_path):
     ensure_bundled()
     command = f"exec 3>&1; {sys.executable} -m nanogpt.prepare inspect {ensure_bundled()} 2>&3 | true"

@@ -41,10 +41,7 @@ def verify(folder: Path) -> Manifest:
         path = folder / file_name(split)
         ids = token_ids(path)
         largest = max([largest, *(int(chunk.max()) for chunk in chunks(ids))])
-        if largest >= manifest.vocab_size:
-            raise UserError(
-                f"{path} holds the id {largest}, expected ids below {manifest.vocab_size}; {REMEDY}"
-            )
+        require_known(path, largest, manifest)
         if tokenizer.end_of_text is not None and ids.size:
             ends = sum(int(np.count_nonzero(chunk == tokenizer.end_of_text)) for chunk in chunks(ids))
             expect(path, "ends of text", ends, manifest.documents[split])
@@ -61,6 +58,11 @@ def expect(path: Path, what: str, got: object, expected: object) -> None:
         raise UserError(f"{path} has {what} {got}, expected {expected} as manifest.json says; {REMEDY}")
 
 
+def require_known(path: Path, largest: int, manifest: Manifest) -> None:
+    if largest >= manifest.vocab_size:
+        raise UserError(f"{path} holds the id {largest}, expected ids below {manifest.vocab_size}; {REMEDY}")
+
+
 @dataclass(frozen=True)
 class Look:
     """A split in figures and a few documents."""
@@ -74,7 +76,11 @@ class Look:
 
 
 def inspect(folder: Path, samples: int = 3) -> tuple[Manifest, dict[str, Look]]:
-    """What is in `folder`. Raises UserError unless it is a prepared folder with the manifest's sizes."""
+    """What is in `folder`.
+
+    Raises UserError unless it is a prepared folder with the manifest's sizes, and if a document that is shown
+    has ids beyond the vocabulary.
+    """
     manifest = read_manifest(folder)
     if not has_expected_sizes(folder, manifest):
         raise UserError(
@@ -96,7 +102,9 @@ def look_at(path: Path, manifest: Manifest, split: str, samples: int) -> Look:
         values = np.percentile(ends - starts, PERCENTILES, method="nearest")
         percentiles = dict(zip(PERCENTILES, map(int, values), strict=True))
     shown = np.unique(np.linspace(0, ends.size - 1, samples).astype(int)) if ends.size else []
-    texts = [tokenizer.decode(ids[starts[i] : ends[i]][:SHOWN_TOKENS].tolist()) for i in shown]
+    beginnings = [ids[starts[i] : ends[i]][:SHOWN_TOKENS].tolist() for i in shown]
+    require_known(path, max(map(max, beginnings), default=0), manifest)
+    texts = [tokenizer.decode(beginning) for beginning in beginnings]
     return Look(manifest.documents[split], manifest.tokens[split], percentiles, texts)
 
 
