@@ -5,6 +5,7 @@ side by side.
 """
 
 import json
+import logging
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from experiments.launch import torchrun
 from nanogpt import command
 from nanogpt.errors import UserError
 from nanogpt.meeting import World, world
@@ -516,6 +518,37 @@ def test_two_nodes_names_what_is_wrong(
     with two_nodes(*arguments, **environment) as process:
         _, said = process.communicate(timeout=20)
     assert (process.returncode, said.splitlines()[-1]) == (2, f"error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--nproc-per-node=0"], "--nproc-per-node is 0, expected a number from 1"),
+        (
+            ["--nproc-per-node=two"],
+            "torchrun refuses its flags (Unsupported nproc_per_node value: two), exp",
+        ),
+        (["--nnodes=0"], "torchrun refuses its flags (min_nodes must be > 0 and <= max_nodes, got"),
+        (["--max-restarts=-1"], "torchrun refuses its flags (max_restarts must be >= 0), expected what its"),
+        (["--master-port=99999"], "torchrun refuses its flags (The port number of the rendezvous endpoint"),
+        (["--master-port={}"], "what listens on 127.0.0.1:{} is no torchrun, expected a free port"),
+        (["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{}"], "what listens on 127.0.0.1:{} is no torc"),
+    ],
+)
+def test_the_launcher_says_in_a_sentence_what_torchrun_does_not(
+    flags: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torchrun, "ANSWER_S", 0.5)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert torchrun.main([*(flag.format(port) for flag in flags), "a_program"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence.format(port)}")
 
 
 PROGRAM = """

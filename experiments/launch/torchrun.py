@@ -5,15 +5,30 @@ Exit status: 0 done. 2 a user's mistake, which is not tried again. 128 + N ended
 of the first rank that failed after all restarts were used up.
 """
 
+import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
+from argparse import Namespace
+from datetime import timedelta
 
-from torch.distributed import DistError, run
+from torch.distributed import (
+    DistError,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]  documented, but not re-exported
+    run,
+)
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from nanogpt.errors import UserError
+
+ANSWER_S = 10.0
+"""Seconds that what listens where machines are to meet has to answer as a store does."""
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +40,11 @@ def main(arguments: list[str]) -> int:
     # Ranks say themselves why they ended; torchrun would only add its signals and that a status was not 0.
     logging.disable(logging.ERROR)
     try:
+        check(arguments)
         run.main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
@@ -46,6 +65,52 @@ def main(arguments: list[str]) -> int:
         )
         return 2
     return 0
+
+
+def check(arguments: list[str]) -> None:
+    """Raises UserError for what torchrun would answer with a traceback, or not at all: for a program at its
+    port that is no store it waits without end."""
+    flags = run.parse_args(arguments)
+    try:
+        config, *_ = run.config_from_args(flags)
+        place = meeting_point(flags)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"torchrun refuses its flags ({error}), expected what its --help lists") from error
+    if config.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node is {config.nproc_per_node}, expected a number from 1")
+    if place is not None and is_taken(*place):
+        raise UserError(
+            f"what listens on {place[0]}:{place[1]} is no torchrun, expected a free port for machines to "
+            "meet at; set another --rdzv-endpoint or --master-port on each, or --standalone on one machine"
+        )
+
+
+def meeting_point(flags: Namespace) -> tuple[str, int] | None:
+    """Host and port of the store that the flags name; None where torchrun takes a free port, or no store."""
+    endpoint = flags.rdzv_endpoint or (flags.master_port and f"{flags.master_addr}:{flags.master_port}")
+    if flags.standalone or not endpoint or "store_type" in flags.rdzv_conf:
+        return None
+    if flags.rdzv_backend not in ("static", "c10d"):
+        return None
+    return parse_rendezvous_endpoint(endpoint, default_port=29400)
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether something listens there that does not answer as the store of a torchrun."""
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_S).close()
+    except OSError:
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(DistError):
+            TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
+            answered.set()
+
+    # In a thread: its timeout does not cover another program that says nothing.
+    threading.Thread(target=ask, daemon=True).start()
+    return not answered.wait(ANSWER_S)
 
 
 if __name__ == "__main__":
