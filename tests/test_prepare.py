@@ -726,6 +726,15 @@ def test_a_source_that_goes_away_is_one_sentence(documents, tmp_path):
         list(source.shards())
 
 
+def test_a_source_that_is_cut_short_meanwhile_is_one_sentence(documents, tmp_path, capsys, monkeypatch):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    ranges = list(sources.json_ranges(source))
+    os.truncate(source, ranges[0][1])  # where a line ends: what is left is complete
+    monkeypatch.setattr(sources, "json_ranges", lambda path: iter(ranges))
+    message = error_of(capsys, source, "--out", tmp_path / "out", "--workers", 1)
+    assert f"cannot read the source ({source} has become shorter), expected it to stay" in message
+
+
 def test_a_folder_of_several_kinds_is_refused(documents, tmp_path, capsys):
     write_json_lines(tmp_path / "a.jsonl", documents)
     (tmp_path / "b.txt").write_text("text")

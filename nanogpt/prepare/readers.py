@@ -64,7 +64,10 @@ class Lines:
             return self.data
         with Path(self.name).open("rb") as file:
             file.seek(self.start)
-            return file.read(self.stop - self.start)
+            data = file.read(self.stop - self.start)
+        if len(data) < self.stop - self.start:  # somebody writes the file anew
+            raise OSError(f"{self.name} has become shorter")
+        return data
 
     def _place(self, i: int) -> str:
         first = self.first_line
