@@ -37,6 +37,7 @@ from nanogpt.arrays import Arrays, Index, Part, to_array, to_tensor
 from nanogpt.errors import UserError
 from nanogpt.ranks import Ranks
 from nanogpt.tree import Tree
+from nanogpt.units import format_bytes
 
 CHECKPOINTS = "checkpoints"
 """The folder in a run directory that holds its checkpoints."""
@@ -308,7 +309,7 @@ def _require_room(directory: Path, need_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < need_bytes:
         raise UserError(
-            f"{folder} has {free_bytes / 1e9:,.3f} GB free and checkpoints need {need_bytes / 1e9:,.3f} GB; "
+            f"{folder} has {format_bytes(free_bytes)} free and checkpoints need {format_bytes(need_bytes)}; "
             "make room or choose another directory"
         )
 

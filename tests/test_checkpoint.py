@@ -423,15 +423,14 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2_000_000))
     state = {"large": torch.zeros(1_000_000)}
     need = {
-        "0.016": lambda: Checkpointer(tmp_path).check(state),  # two, the best, and the one being written
-        "0.004": lambda: Checkpointer(tmp_path).save(1, state, metadata={}),
+        "16.0 MB": lambda: Checkpointer(tmp_path).check(state),  # two, the best, and the one being written
+        "4.0 MB": lambda: Checkpointer(tmp_path).save(1, state, metadata={}),
     }
-    for need_gb, attempt in need.items():
+    for needed, attempt in need.items():
         with pytest.raises(UserError) as refused:
             attempt()
         assert str(refused.value) == (
-            f"{tmp_path} has 0.002 GB free and checkpoints need {need_gb} GB; "
-            "make room or choose another directory"
+            f"{tmp_path} has 2.0 MB free and checkpoints need {needed}; make room or choose another directory"
         )
 
 

@@ -555,7 +555,7 @@ def test_values_that_nothing_can_be_computed_with(
 def test_a_full_disk_before_the_start(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    assert "has 0.000 GB free and checkpoints need" in refused()
+    assert "has 1.0 KB free and checkpoints need" in refused()
 
 
 def test_a_full_disk_on_the_way(go: Go, tmp_path: Path, capsys: Any) -> None:
