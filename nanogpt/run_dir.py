@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,8 +183,13 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 @functools.cache
 def git_commit() -> str | None:
     """The commit that this code is at, with a "+" if the tree has changes; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    # `describe --dirty` would write the index, and a process killed meanwhile would leave its lock behind.
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "status", "--branch"]
+    command += ["--porcelain=v2", "--untracked-files=no"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return None
+    commit = re.match(r"# branch\.oid ([0-9a-f]+)$", said, re.MULTILINE)
+    is_changed = re.search(r"^[^#]", said, re.MULTILINE)
+    return commit and commit[1] + ("+" if is_changed else "")

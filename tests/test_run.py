@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.gpt2_124m import config as gpt2_124m
-from nanogpt import hf, loop, perf, tree
+from nanogpt import hf, loop, perf, run_dir, tree
 from nanogpt.checkpoint import Checkpointer, load_params
 from nanogpt.config import DataConfig, RunConfig, TrainConfig
 from nanogpt.data import BatchSpec
@@ -796,3 +796,27 @@ def test_freed_memory_is_kept_for_what_is_asked_for_next() -> None:
     if hasattr(ctypes.CDLL(None), "mallopt"):
         assert kept < 10
         assert handed_back > 100  # 65,536 pages, or 128 huge ones
+
+
+def test_the_commit_is_read_without_a_write_to_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True
+        ).stdout
+
+    monkeypatch.setattr(run_dir, "__file__", str(tmp_path / "code.py"))
+    git("init")
+    assert run_dir.git_commit.__wrapped__() is None  # a repository without a commit
+    (tmp_path / "code.py").write_text("a")
+    git("add", ".")
+    git("commit", "-m", "a")
+    commit = git("rev-parse", "HEAD").strip()
+    os.utime(tmp_path / "code.py", (0, 0))  # git would like to note that
+    index = (tmp_path / ".git/index").read_bytes()
+    assert run_dir.git_commit.__wrapped__() == commit
+    assert (tmp_path / ".git/index").read_bytes() == index
+    (tmp_path / "code.py").write_text("b")
+    assert run_dir.git_commit.__wrapped__() == commit + "+"
