@@ -119,6 +119,7 @@ class Team:
         self.step_now = 0
         self._timeout_s = timeout_s
         self._store: Store | None = None
+        self._farewell: Store | None = None
         self._hosts: list[str] = []
         self._rounds = 0
         self._ended = threading.Event()
@@ -137,6 +138,8 @@ class Team:
             self._store.set(f"step/{self.world.rank}", str(self.step_now))
             keys = [f"host/{rank}" for rank in range(self.world.size)]
             self._hosts = [name.decode() for name in self._store.multi_get(keys)]
+            # For the end, made now: to make one with a store that is gone takes all of its timeout.
+            self._farewell = own_connection(self._store)
             threading.Thread(target=self._watch, args=(own_connection(self._store),), daemon=True).start()
         return self
 
@@ -343,7 +346,7 @@ class Team:
                 for rank in gone or away
             ]
         except dist.DistError:
-            gone, found = [], [f"the store at {meeting_point()} is gone with its process"]
+            gone, found = self._unheard(), [f"the store at {meeting_point()} is gone with its process"]
         who = ", ".join(found) or "all ranks live, so it is the network between them"
         return LostRank(
             f"{self._names([me])} gave up a collective in step {self.step_now} since {who}; look at the log "
@@ -422,7 +425,7 @@ class Team:
                 return
         except dist.DistError:
             gone = f"the store at {meeting_point()} is gone, with torchrun or rank 0; look at their output"
-            ending = Ending(1, gone, [rank for rank in range(self.world.size) if rank != self.world.rank])
+            ending = Ending(1, gone, self._unheard())
         if not self._ended.wait(GRACE_S):
             self._end(ending)
 
@@ -467,24 +470,30 @@ class Team:
         ignore_torchrun()
         world, sentence = self.world, ending.sentence
         speaker = world.rank - world.local_rank  # if ranks never met, the first of each machine speaks
-        with contextlib.suppress(dist.DistError):
-            if self._store is not None:
-                speaker = min(rank for rank in range(world.size) if rank not in ending.absent)
-                store = own_connection(self._store)  # the main thread may be waiting in the other one
+        if self._store is not None:
+            speaker = min(rank for rank in range(world.size) if rank not in ending.absent)
+        self._say(sentence, is_speaker=world.rank == speaker)
+        store = self._farewell  # the main thread may be waiting in the other one
+        if store is not None:
+            with contextlib.suppress(dist.DistError):
                 if sentence:  # a requested exit has none: others may still be busy saving
                     known = sentence.startswith("rank ")  # a mistake that all raise already names its rank
                     named = sentence if known else f"{self._names([world.rank])}: {sentence}"
                     store.compare_set("ending", "", json.dumps(ending._replace(sentence=named)))
-                self._say(sentence, is_speaker=world.rank == speaker)
                 store.set(f"left/{world.rank}", "")
                 self._wait_for_all(store, seconds=2 * GRACE_S, but=ending.absent)
-        if self._store is None:
-            self._say(sentence, is_speaker=world.rank == speaker)
         if ending.status == 2 and world.local_rank == 0:
             stop_restarts()
         with contextlib.suppress(OSError):
             flush()
         os._exit(ending.status)
+
+    def _unheard(self) -> list[int]:
+        """The ranks of which nothing is known once the store is gone: other machines', and rank 0 if it hosted it."""
+        first = self.world.rank - self.world.local_rank
+        here = range(first, first + self.world.local_size)
+        dead = set() if agent_has_store() else {0}
+        return [rank for rank in range(self.world.size) if rank not in here or rank in dead]
 
     def _say(self, sentence: str, *, is_speaker: bool) -> None:
         """Writes the sentence once on the terminal, if it is still there, and in every rank's log."""

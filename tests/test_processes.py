@@ -99,6 +99,23 @@ def is_killed(team: Team) -> None:
     steps(team, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def loses_the_store(team: Team) -> None:
+    team.gather("")
+    if team.world.rank == 0:  # which has the store
+        time.sleep(0.5)  # until the others have read what was gathered
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def loses_the_store_in_a_collective(team: Team) -> None:
+    with team.connected("cpu", timeout_s=60):
+        team.small_all_reduce("cpu", timeout_s=20)
+        if team.world.rank == 0:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(3))
+
+
 def sleeps(team: Team) -> None:
     steps(team, lambda: time.sleep(60), timeout_s=6)  # in which all have to meet, on a busy machine
 
@@ -139,6 +156,7 @@ SCENARIOS: dict[str, tuple[Callable[[Team], None], int]] = {
         *((agrees, 3), (has_other_code, 3), (finds_no_data, 2), (has_a_bad_flag, 2), (asks_for_help, 2)),
         *((trains, 2), (loses_its_disk, 3), (is_killed, 3), (sleeps, 3), (has_a_bug, 2), (does_not_join, 3)),
         *((has_a_bug_in_a_check, 2), (has_no_reader, 2), (has_a_bug_and_no_log, 2)),
+        *((loses_the_store, 3), (loses_the_store_in_a_collective, 3)),
     ]
 }
 
@@ -389,6 +407,23 @@ def test_a_bug_is_named_where_its_traceback_cannot_be_written(outcomes: dict[str
     ranks = outcomes["has_a_bug_and_no_log"]
     assert statuses(ranks) == [1, 1]
     assert f"rank 1 ({socket.gethostname()}): stopped with KeyError: None" in the_sentence(ranks)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "sentence"),
+    [
+        ("loses_the_store", "error: the store at 127.0.0.1:{} is gone, with torchrun or rank 0; look"),
+        ("loses_the_store_in_a_collective", "since the store at 127.0.0.1:{} is gone with its process; look"),
+    ],
+)
+def test_ranks_whose_store_is_gone_say_so_and_end_within_seconds(
+    outcomes: dict[str, list[Outcome]], scenario: str, sentence: str
+) -> None:
+    ranks = outcomes[scenario]
+    assert statuses(ranks) == [-signal.SIGKILL, 1, 1]
+    assert sentence.split("{}")[0] in the_sentence(ranks)
+    assert sentence.split("{}")[1] in the_sentence(ranks)
+    assert ranks[1]["seconds"] - ranks[0]["seconds"] < 15
 
 
 def test_a_small_all_reduce_names_the_silent_rank(outcomes: dict[str, list[Outcome]]) -> None:
