@@ -489,7 +489,7 @@ class Team:
         os._exit(ending.status)
 
     def _unheard(self) -> list[int]:
-        """Ranks whose state is unknown once the store is gone: other machines', and rank 0 if it hosted it."""
+        """Ranks of unknown state once the store is gone: other machines', and rank 0 if it hosted it."""
         first = self.world.rank - self.world.local_rank
         here = range(first, first + self.world.local_size)
         dead = set() if agent_has_store() else {0}
