@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nanogpt import tree
 from nanogpt.attention import CPU
 
 IGNORED = -100  # cross-entropy leaves such a target out
@@ -106,7 +107,7 @@ def add_product(total: Float[Tensor, "P C"] | None, a: Tensor, b: Tensor) -> Flo
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     if total is None:
-        total, write = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device), Tensor.copy_
+        total, write = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32), Tensor.copy_
     else:
         write = Tensor.add_
     # A CPU's sum of two dtypes widens the product in memory first: of some rows at a time it stays in cache.
@@ -154,6 +155,8 @@ class HeadLoss(torch.autograd.Function):
     through the cast it would lose the bits that the sum over chunks has kept.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         features: Tensor,
@@ -193,10 +196,12 @@ class HeadLoss(torch.autograd.Function):
 def is_one(cotangent: Float[Tensor, ""]) -> bool:
     """Whether it is known to be 1, as in every step; a CPU then saves a pass over the head's gradient.
 
-    Asking a GPU would mean waiting for it, and inside of a graph there is no value to ask for.
+    Asking a GPU would mean waiting for it; in a graph there is no value to ask for, and under `vmap` many.
     """
     has_value = type(cotangent) is Tensor and not torch.compiler.is_compiling()
-    return has_value and cotangent.device.type == "cpu" and cotangent.item() == 1
+    if not has_value or cotangent.device.type != "cpu" or tree.is_mapped(cotangent):
+        return False
+    return cotangent.item() == 1
 
 
 def chunk_loss(

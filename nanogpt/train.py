@@ -92,7 +92,8 @@ def make_train_step(
     graphs, each compiled at its first call and shared by all layers; without, the same code runs eagerly, and
     `torch.compile(step, fullgraph=True)` turns it into a single graph, in minutes. On a `mesh` the state
     holds DTensors, the batch is this rank's part, and the metrics cover all ranks. Every target has to be an
-    id of the vocabulary.
+    id of the vocabulary. `torch.func.vmap` maps an eager step, over states, batches or settings of
+    `optimizer`.
     """
     check_precision(precision)
     value_and_grad = make_value_and_grad(

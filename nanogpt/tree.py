@@ -1,6 +1,6 @@
 """Functions over pytrees of tensors: dicts, lists, tuples and NamedTuples, nested to any depth.
 
-This is the one place that touches torch's private pytree module.
+This is the one place that touches torch's private pytree and functorch modules.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 
 Tree = Any
@@ -132,8 +133,21 @@ def unflatten(like: Tree, leaves: list[Any]) -> Tree:
 
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """The Euclidean norm of all leaves together, as if they were one vector; accumulated in fp32."""
-    norms = torch.ops.aten._foreach_norm.Scalar([leaf.float() for leaf in leaves(tree)])  # one call for all
+    parts = [leaf.float() for leaf in leaves(tree)]
+    if not torch.compiler.is_compiling() and any(is_mapped(part) for part in parts):
+        norms = [torch.linalg.vector_norm(part) for part in parts]  # vmap has no rule for one call for all
+    else:
+        norms = torch.ops.aten._foreach_norm.Scalar(parts)
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def is_mapped(leaf: Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over a dimension of `leaf`, which its shape then does not show."""
+    while is_functorch_wrapped_tensor(leaf):
+        if is_batchedtensor(leaf):
+            return True
+        leaf = get_unwrapped(leaf)  # `grad` wraps as well
+    return False
 
 
 def diff(got: Tree, expected: Tree) -> list[str]:

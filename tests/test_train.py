@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +26,7 @@ from nanogpt.optim import (
     chain,
     clip_by_global_norm,
     dynamic_loss_scale,
+    scale_by_learning_rate,
     warmup_cosine,
 )
 from nanogpt.sample import generate
@@ -126,6 +127,48 @@ def test_four_microsteps_equal_one_of_the_same_tokens():
     torch.testing.assert_close(loss_4, loss, rtol=1e-6, atol=0)  # sums in another order
     for name, leaf in grads.items():
         assert (grads_4[name] - leaf).norm() < 1e-5 * leaf.norm(), name
+
+
+# Mapped by vmap
+
+
+def mapped(precision: Precision, optimizer: Transform = OPTIMIZER, **choices: Any) -> TrainStep:
+    """An eager step whose attention has a rule for `vmap`."""
+    return make_train_step(TINY, optimizer, precision=precision, attention="math", compile=False, **choices)
+
+
+# bfloat16 products of many models at once are rounded otherwise than those of one
+@pytest.mark.parametrize(("precision", "close"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_a_mapped_step_is_the_step_of_each_state_and_batch(precision: Precision, close: float):
+    optimizer = chain(clip_by_global_norm(0.5), scale_by_learning_rate(0.1))
+    states = [init_state(TINY, optimizer, torch.Generator().manual_seed(seed)) for seed in range(3)]
+    batches, step = [batch_of(seed, A=2) for seed in range(3)], mapped(precision, optimizer)
+    together, metrics = torch.func.vmap(step)(*(stack(trees) for trees in (states, batches)))
+    alone, each = zip(
+        *(step(state, batch) for state, batch in zip(states, batches, strict=True)), strict=True
+    )
+    torch.testing.assert_close(metrics, stack(each), rtol=close, atol=0)
+    for moved, wanted, before in zip(*map(tree.leaves, (together, stack(alone), stack(states))), strict=True):
+        assert (moved - wanted).float().norm() <= close * (wanted - before).float().norm()
+
+
+def test_learning_rates_can_be_mapped_over():
+    state, batch = start(), batch_of(0)
+
+    def loss_after_three_steps(rate: Tensor) -> Tensor:
+        optimizer = chain(clip_by_global_norm(1.0), adamw(lambda step: rate))
+        _, metrics = run_steps(mapped("float32", optimizer), state, [batch] * 3)
+        return metrics[-1]["loss"]
+
+    rates = torch.tensor([1e-4, 1e-3, 1e-2])
+    losses = torch.func.vmap(loss_after_three_steps)(rates)
+    assert losses[0] > losses[1] > losses[2]
+    torch.testing.assert_close(losses, torch.stack([loss_after_three_steps(rate) for rate in rates]))
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """One tree whose leaves are those of `trees`, one above the other."""
+    return tree.map(lambda *leaves: torch.stack(leaves), *trees)
 
 
 def test_a_step_returns_a_new_state_and_leaves_the_old_one_alone():
