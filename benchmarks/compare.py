@@ -139,12 +139,12 @@ def main() -> None:
 
 
 def shown(path: str, value: float) -> str:
-    """A number as people read it."""
+    """A number in the form that people read."""
     return format_bytes(value) if path.endswith(MEMORY_KEYS) else f"{value:.5g}"
 
 
 def other_work(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(benchmark, what differs) of what both measured and was not asked for in the same way."""
+    """(benchmark, what differs) wherever both results measured something, but not the same work."""
     old, new = (result.get("results", {result["benchmark"]: result}) for result in (before, after))
     for name in sorted(old.keys() & new.keys()):
         for key in WORK_KEYS:

@@ -154,7 +154,7 @@ def write_file(path: Path, size: int) -> None:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Raises UserError where a file of `size` would fill the disk."""
+    """Raises UserError if a file of `size` bytes would fill the disk."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(

@@ -86,7 +86,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def driver_version(path: Path = NVIDIA_DRIVER) -> str | None:
-    """Of the kernel's module for NVIDIA's GPUs; None where it does not say, as in some containers."""
+    """The version of NVIDIA's kernel module; None if it is not readable, as in some containers."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)\s", path.read_text())
     except OSError:
@@ -101,7 +101,7 @@ def command_name() -> str:
 
 
 def versions_line(versions: dict[str, str | None]) -> list[str]:
-    """What ran, where it is known: a note below a table."""
+    """The note below a table that names the versions that ran; no line if none is known."""
     known = [f"{name} {version}" for name, version in versions.items() if version]
     return [", ".join(known)] if known else []
 
@@ -144,7 +144,7 @@ def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None
 
 
 def require_at_most(most: int, **values: int | tuple[int, ...]) -> None:
-    """Raises UserError for a value above `most`, called as its flag is."""
+    """Raises UserError, naming the flag, for a value above `most`."""
     for name, value in values.items():
         numbers = value if isinstance(value, tuple) else (value,)
         if max(numbers, default=most) > most:

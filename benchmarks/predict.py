@@ -306,7 +306,7 @@ def measured_memory_rows(
     memory: list[dict[str, Any]],
     model: GPT2Config,
 ) -> list[dict[str, Any]]:
-    """The peak that was measured on one `gpu` in steps like those of `memory`, with the formula's error."""
+    """The peak that was measured on one `gpu` for the same steps as in `memory`, with the formula's error."""
     wanted = asdict(Work(model=model, batch_size=config.batch_size, device="cuda"))
     peaks = [
         row["memory"]["steps"]
@@ -321,8 +321,8 @@ def measured_memory_rows(
 
 
 def measured_steps(path: Path, model: GPT2Config) -> tuple[str, list[dict[str, Any]], str | None]:
-    """Of a benchmark's result: which of GPUS measured it, our steps of `model` on one of them, and why
-    nothing of it can stand in the table, if so."""
+    """(the one of GPUS that a result was measured on, our steps of `model` on one such GPU, why none of it
+    can be in the table or None)."""
     found = read_json(path)
     results = found.get("results", {found["benchmark"]: found})
     results = {name: results[name] for name in ("throughput", "peers") if "facts" in results.get(name, {})}

@@ -25,7 +25,7 @@ from nanogpt.units import format_bytes
 REPORTS = Path(__file__).parent / "reports"
 COMMAND_LIMIT_S = 3 * 3600
 MISTAKE = 2
-"""Status of a program that was asked for what it does not do."""
+"""The exit status of a program that refuses its arguments."""
 TABLES = {
     "throughput": throughput.table_of,
     "peers": peers.table_of,

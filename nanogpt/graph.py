@@ -55,7 +55,7 @@ def errors_of_inductor() -> Any:
 
 
 def raise_if_compiler_failed(error: Exception) -> None:
-    """Raises UserError where `error` is of the C or C++ compiler and not of what PyTorch does before it."""
+    """Raises UserError if `error` comes from the C or C++ compiler, not from PyTorch's work before it."""
     errors = errors_of_inductor()
     if isinstance(error, (errors.CppCompileError, errors.InvalidCxxCompiler, subprocess.CalledProcessError)):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

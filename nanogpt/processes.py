@@ -138,7 +138,7 @@ class Team:
             self._store.set(f"step/{self.world.rank}", str(self.step_now))
             keys = [f"host/{rank}" for rank in range(self.world.size)]
             self._hosts = [name.decode() for name in self._store.multi_get(keys)]
-            # For the end, made now: to make one with a store that is gone takes all of its timeout.
+            # For the ending. Made now, since connecting to a store that is gone takes the whole timeout.
             self._farewell = own_connection(self._store)
             threading.Thread(target=self._watch, args=(own_connection(self._store),), daemon=True).start()
         return self

@@ -28,7 +28,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from nanogpt.errors import UserError
 
 ANSWER_S = 10.0
-"""Seconds that what listens where machines are to meet has to answer as a store does."""
+"""Seconds that a listener at the meeting point has to answer as a store would."""
 
 
 def main(arguments: list[str]) -> int:
@@ -68,8 +68,8 @@ def main(arguments: list[str]) -> int:
 
 
 def check(arguments: list[str]) -> None:
-    """Raises UserError for what torchrun would answer with a traceback, or not at all: for a program at its
-    port that is no store it waits without end."""
+    """Raises UserError for what torchrun would answer with a traceback, or not at all: if another program
+    listens at its port, it waits forever."""
     flags = run.parse_args(arguments)
     try:
         config, *_ = run.config_from_args(flags)
@@ -86,7 +86,7 @@ def check(arguments: list[str]) -> None:
 
 
 def meeting_point(flags: Namespace) -> tuple[str, int] | None:
-    """Host and port of the store that the flags name; None where torchrun takes a free port, or no store."""
+    """Host and port of the store that the flags name; None if torchrun takes a free port or no such store."""
     endpoint = flags.rdzv_endpoint or (flags.master_port and f"{flags.master_addr}:{flags.master_port}")
     if flags.standalone or not endpoint or "store_type" in flags.rdzv_conf:
         return None
@@ -96,7 +96,7 @@ def meeting_point(flags: Namespace) -> tuple[str, int] | None:
 
 
 def is_taken(host: str, port: int) -> bool:
-    """Whether something listens there that does not answer as the store of a torchrun."""
+    """Whether something listens there that does not answer like a torchrun's store."""
     try:
         socket.create_connection((host, port), timeout=ANSWER_S).close()
     except OSError:
@@ -108,7 +108,7 @@ def is_taken(host: str, port: int) -> bool:
             TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=ANSWER_S))
             answered.set()
 
-    # In a thread: its timeout does not cover another program that says nothing.
+    # In a thread, since TCPStore's timeout does not cover a program that listens but never answers.
     threading.Thread(target=ask, daemon=True).start()
     return not answered.wait(ANSWER_S)
 
