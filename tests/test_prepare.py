@@ -50,7 +50,7 @@ from nanogpt.prepare.journal import open_journal
 from nanogpt.prepare.manifest import read_manifest
 from nanogpt.prepare.progress import Progress
 from nanogpt.prepare.readers import Document, open_stream
-from nanogpt.prepare.shards import Record
+from nanogpt.prepare.shards import Record, utf8_length
 from nanogpt.tokenizer import characters, gpt2
 from nanogpt.units import format_seconds
 
@@ -942,6 +942,13 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(documents, tmp_path,
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "size"), [("ascii", 5), ("naïve", 6), ("日本語", 9), ("😀", 4), ("\ud800", 3)]
+)
+def test_megabytes_a_second_are_of_utf_8(text: str, size: int):
+    assert utf8_length(text) == size
+
+
 @pytest.mark.parametrize("width", [30, 200])
 def test_the_live_line_is_no_longer_than_the_terminal(width: int):
     main_end, terminal = pty.openpty()
@@ -949,7 +956,7 @@ def test_the_live_line_is_no_longer_than_the_terminal(width: int):
     with os.fdopen(terminal, "w") as stream:
         progress = Progress(1000, engine="tiktoken", kept={}, stream=stream)
         record = Record(
-            index=0, documents=10**7, tokens=10**10, characters=1, source_bytes=500, sha256="", skipped={}
+            index=0, documents=10**7, tokens=10**10, text_bytes=1, source_bytes=500, sha256="", skipped={}
         )
         progress.add(record)
         shown = b""
@@ -969,7 +976,7 @@ def test_the_time_for_openwebtext_is_told_once_from_the_rate_after_the_first_rec
     for index, clock[0] in enumerate((100.0, 101.0, 104.0, 105.0)):
         progress.add(
             Record(
-                index=index, documents=1, tokens=10**6, characters=1, source_bytes=1, sha256="", skipped={}
+                index=index, documents=1, tokens=10**6, text_bytes=1, source_bytes=1, sha256="", skipped={}
             )
         )
     said = capsys.readouterr().err

@@ -27,7 +27,7 @@ class Progress:
         self._kept = set(kept)
         self._start = self._last_line = time.monotonic()
         self._documents = self._tokens = self._read = 0
-        self._new_tokens = self._new_characters = self._new_read = 0
+        self._new_tokens = self._new_text_bytes = self._new_read = 0
         self._estimated = False
         self._steady: tuple[float, int] | None = None  # time and number of the first new tokens
         self._show()
@@ -38,7 +38,7 @@ class Progress:
         self._read += record.source_bytes
         if record.index not in self._kept:
             self._new_tokens += record.tokens
-            self._new_characters += record.characters
+            self._new_text_bytes += record.text_bytes
             self._new_read += record.source_bytes
         now = time.monotonic()
         self._estimate(now)
@@ -83,7 +83,7 @@ class Progress:
         counts = f"{self._documents:,} documents, {self._tokens / 1e6:,.1f} M tokens, {self._engine}"
         if not self._new_tokens:
             return counts
-        rates = f"{self._rate() / 1e6:.1f} M tokens/s, {self._new_characters / seconds / 1e6:.0f} MB/s"
+        rates = f"{self._rate() / 1e6:.1f} M tokens/s, {self._new_text_bytes / seconds / 1e6:.0f} MB/s"
         return f"{counts} {rates}"
 
     def _line(self) -> str:

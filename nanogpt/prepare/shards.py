@@ -49,7 +49,8 @@ class Record:
     documents: int
     tokens: int
     """Including the end of text after each document."""
-    characters: int
+    text_bytes: int
+    """Of the documents, in UTF-8."""
     source_bytes: int
     sha256: str
     """Of the shard's file: ids as uint16, then the number of ids of each document as uint32."""
@@ -91,7 +92,7 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, S
     good = good_documents(readable(shard.part, job.column), job.skip_bad, found)
     digest = hashlib.sha256()
     lengths = [np.empty(0, "<u4")]
-    characters = tokens = 0
+    text_bytes = tokens = 0
     pieces: list[str] = []
     for turn, texts in enumerate(batches(islice(good, job.limit)), shard.index):
         ids, sizes = encode(texts)
@@ -99,7 +100,7 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, S
             pieces += sample_of(texts, turn)
         if end_of_text is not None:
             ids, sizes = np.insert(ids, np.cumsum(sizes), end_of_text), sizes + 1
-        characters += sum(map(len, texts))
+        text_bytes += sum(map(utf8_length, texts))
         tokens += ids.size
         lengths.append(sizes.astype("<u4"))
         for_file = ids.astype("<u2", copy=False)
@@ -112,13 +113,18 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, S
         index=shard.index,
         documents=all_lengths.size,
         tokens=tokens,
-        characters=characters,
+        text_bytes=text_bytes,
         source_bytes=shard.source_bytes,
         sha256=digest.hexdigest(),
         skipped=dict(Counter(bad.reason for bad in found)) if job.skip_bad else {},
         bad=found[0].sentence if found and not job.skip_bad else None,
     )
     return record, Sample(pieces, *encode(pieces)) if pieces else None
+
+
+def utf8_length(text: str) -> int:
+    """The bytes of `text` in UTF-8; most texts are ASCII, which Python knows without a look at them."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def read_shard(folder: str | Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
