@@ -100,7 +100,7 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, S
             pieces += sample_of(texts, turn)
         if end_of_text is not None:
             ids, sizes = np.insert(ids, np.cumsum(sizes), end_of_text), sizes + 1
-        text_bytes += sum(map(utf8_length, texts))
+        text_bytes += len("".join(texts).encode("utf-8", "surrogatepass"))  # one call: texts may be short
         tokens += ids.size
         lengths.append(sizes.astype("<u4"))
         for_file = ids.astype("<u2", copy=False)
@@ -120,11 +120,6 @@ def write_shard(shard: Shard, job: Job, file: BufferedIOBase) -> tuple[Record, S
         bad=found[0].sentence if found and not job.skip_bad else None,
     )
     return record, Sample(pieces, *encode(pieces)) if pieces else None
-
-
-def utf8_length(text: str) -> int:
-    """The bytes of `text` in UTF-8; most texts are ASCII, which Python knows without a look at them."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def read_shard(folder: str | Path, record: Record) -> tuple[np.ndarray, np.ndarray]:
