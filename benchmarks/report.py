@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: measures this machine, writes benchmarks/reports/NAME.md, .html and .json.
 
-Every number comes from one of `COMMANDS`, which run one after the other and are named beside their results,
-or beside their failures. `--render NAME.json` writes the pages again from what was measured.
+Every number comes from one of `COMMANDS`, which run one after the other and are named beside their results.
+One that fails is named in its result's place, and the exit status is then 1. `--render NAME.json` writes the
+pages again from what was measured.
 """
 
 import html
@@ -347,6 +348,11 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def failures_of(report: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Those of the benchmarks `names` that failed."""
+    return [name for name in names if "error" in report["results"][name]]
+
+
 def main() -> None:
     with one_line_errors():
         config = parse(ReportConfig, default=ReportConfig())
@@ -360,6 +366,8 @@ def main() -> None:
         for path in paths:
             print(f"wrote {path}")
         finish(report)
+        if config.render is None and (failed := failures_of(report, config.only)):
+            sys.exit(f"error: the report has no result of {', '.join(failed)}, for the reasons above")
 
 
 if __name__ == "__main__":

@@ -628,6 +628,24 @@ def test_a_report_is_one_page_with_the_command_of_each_number(tmp_path: Path) ->
         assert text.count("load average") == 4
 
 
+@pytest.mark.parametrize(("limit_s", "ending"), [(600, None), (0.01, "error: the report has no result")])
+def test_a_report_ends_with_1_where_a_benchmark_failed_and_is_written_all_the_same(
+    limit_s: float,
+    ending: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(report, "COMMAND_LIMIT_S", limit_s)
+    argv = ["report", "--quick", "--only", "predict", "--out", str(tmp_path), "--name", "mine"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match=ending) if ending else contextlib.nullcontext():
+        report.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.html", "mine.json", "mine.md"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["predict"]
+    assert ("error" in result) == bool(ending)
+
+
 @pytest.mark.parametrize("path", sorted(report.REPORTS.glob("*.json")), ids=lambda path: path.stem)
 def test_the_committed_text_is_that_of_the_committed_numbers(path: Path) -> None:
     page = path.with_suffix(".html").read_text()
