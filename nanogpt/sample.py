@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import tyro
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -165,7 +167,7 @@ class SampleCommand:
 
     run_dir: Path = Path("runs/gpt2_124m")
     """Run directory with a checkpoint."""
-    prompt: str = "\n"
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a new line)")] = "\n"
     """Text to go on from."""
     max_new_tokens: int = 200
     """Tokens to write, at least 1."""

@@ -1,15 +1,16 @@
 """Sampling with a cache is sampling, past the last position too, and draws what it was told to."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanogpt import tree
+from nanogpt import command, tree
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config, Params, apply, init
-from nanogpt.sample import decode, draw, empty_cache, generate
+from nanogpt.sample import SampleCommand, decode, draw, empty_cache, generate
 
 TINY = GPT2Config(vocab_size=65, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
@@ -155,6 +156,16 @@ def test_top_p_keeps_the_likeliest_in_whatever_order_they_stand(order: list[int]
     logits = LOGITS[:, order].expand(1000, 4)
     tokens = draw(logits, temperature=1.0, top_k=None, top_p=0.6, generator=seeded())
     assert set(tokens.flatten().tolist()) == {order.index(0), order.index(1)}
+
+
+def test_the_help_names_the_new_line_that_a_text_begins_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["sample", "--help"])
+    with pytest.raises(SystemExit):
+        command.parse(SampleCommand, default=SampleCommand())
+    assert "Text to go on from. (default: a new line)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
