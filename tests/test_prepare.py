@@ -916,6 +916,13 @@ def test_inspect_shows_counts_lengths_and_documents(documents, tmp_path, capsys)
     assert "First Citizen:\\nBefore we proceed" in shown
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_file_in_the_place_of_the_folder_is_named_and_not_its_permissions(command, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("To be")
+    assert run(command, tmp_path / "a.txt") == 2
+    assert "a.txt has no manifest.json, expected a folder that" in capsys.readouterr().err
+
+
 def test_inspect_names_an_id_that_is_none(tmp_path, capsys):
     shutil.copytree(ensure_bundled(), tmp_path / "data")
     with (tmp_path / "data/train.bin").open("r+b") as file:

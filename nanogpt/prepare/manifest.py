@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         fields = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} has no manifest.json, expected a folder that `python -m nanogpt.prepare` wrote; "
             "prepare the data or name another folder"
