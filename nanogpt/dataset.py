@@ -55,6 +55,12 @@ def find_folder(path: str | None) -> tuple[Path, str]:
     folder = OPENWEBTEXT if path is None else Path(path)
     if path in BUNDLED and not is_folder(folder):
         return ensure_bundled(BUNDLED[path]), ""
+    if not is_folder(folder) and folder.exists():
+        raise UserError(
+            f"{folder} is a file, expected a folder with train.bin and val.bin; set --data.path to the one "
+            f"that holds them, or make one of a text with python -m nanogpt.prepare {folder} --out "
+            f"data/{folder.stem}"
+        )
     if not is_folder(folder):
         raise UserError(
             f"no data folder at {folder}; set --data.path to a folder with train.bin and val.bin or to "

@@ -330,6 +330,14 @@ def test_a_missing_data_folder(refused: Callable[..., str], tmp_path: Path) -> N
     assert "no data folder at" in refused(data__path=tmp_path / "nowhere")
 
 
+def test_a_text_in_the_place_of_the_data_folder(refused: Callable[..., str], tmp_path: Path) -> None:
+    text = tmp_path / "plays.txt"
+    text.write_text("To be")
+    said = refused(data__path=text)
+    assert "plays.txt is a file, expected a folder with train.bin and val.bin; set --data.path" in said
+    assert f"python -m nanogpt.prepare {text} --out data/plays" in said
+
+
 def test_a_data_folder_that_the_system_does_not_show(refused: Callable[..., str]) -> None:
     """As below a folder of somebody else, which a test of root would see: a name is too long for root too."""
     assert "cannot be looked at (File name too long), expected" in refused(data__path="x" * 300)
