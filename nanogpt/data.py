@@ -171,6 +171,12 @@ def check_tokens(
     if max_token_id is not None and max_token_id < vocab_size:
         return
     step = RELEASE_BYTES // TOKEN_BYTES
+    beginning = tokens[: block_size + 1]
+    if max_token_id is None and beginning[::2].any() and not beginning[1::2].any():
+        raise UserError(
+            f"{path} begins with a 0 at every second position, as numbers of four or eight bytes do, "
+            f'expected raw uint16; write it with numpy\'s .astype("uint16").tofile'
+        )
     for start in range(0, len(tokens), step):
         chunk = tokens[start : start + step]
         if chunk.max() >= vocab_size:

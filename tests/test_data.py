@@ -441,6 +441,17 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_position(
     )
 
 
+@pytest.mark.parametrize("wide", [np.uint32, np.int64])
+def test_ids_of_four_or_eight_bytes_are_not_taken_for_twice_as_many(wide: type):
+    tokens = np.arange(1, 50, dtype=wide).view(np.uint16)
+    with pytest.raises(UserError) as caught:
+        check_tokens(tokens, PATH, vocab_size=65, block_size=8, max_token_id=None)
+    assert str(caught.value) == (
+        "data/train.bin begins with a 0 at every second position, as numbers of four or eight bytes do, "
+        'expected raw uint16; write it with numpy\'s .astype("uint16").tofile'
+    )
+
+
 def test_the_largest_id_of_the_vocabulary_is_fine():
     check_tokens(np.full(100, 64, np.uint16), PATH, vocab_size=65, block_size=8, max_token_id=None)
 
