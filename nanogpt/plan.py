@@ -28,6 +28,8 @@ class Plan(NamedTuple):
     """The step of the checkpoint that the run resumes from; 0 without one."""
     mesh: tuple[int, int] = (1, 1)
     """The number of replicas, and of the processes that each is divided among."""
+    optimizer_slots: int = 2
+    """How many numbers the optimizer keeps for each parameter; AdamW's are two."""
 
     @property
     def loss_chunk_tokens(self) -> int:
@@ -52,6 +54,7 @@ def plan_text(plan: Plan) -> str:
         precision=plan.precision,
         loss_chunk_tokens=plan.loss_chunk_tokens,
         accumulation=spec.accumulation,
+        optimizer_slots=plan.optimizer_slots,
         shards=plan.mesh[1],
         compile=plan.compile,
         device_type=hardware.device.type,

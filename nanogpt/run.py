@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import gc
 import json
+import math
 import os
 import shutil
 import sys
@@ -171,7 +172,8 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
     if spec != wanted:
         console.message(cut_in_words(wanted, spec, hardware.name))
     peak_flops, source = perf.peak_flops(hardware, precision)
-    return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape)
+    slots = optimizer_slots(config, precision)
+    return Plan(config, dataset, spec, hardware, precision, compile, peak_flops, source, start, shape, slots)
 
 
 def check_attention(config: RunConfig, device_type: str, precision: Precision) -> None:
@@ -244,6 +246,14 @@ def make_optimizer(config: RunConfig, precision: Precision) -> optim.Transform:
         optim.adamw(make_schedule(config), b1=b1, b2=b2, weight_decay=config.optim.weight_decay),
     )
     return optim.dynamic_loss_scale(transform) if precision == "float16" else transform
+
+
+def optimizer_slots(config: RunConfig, precision: Precision) -> int:
+    """How many numbers the optimizer keeps for each parameter, rounded up; counts of steps are none."""
+    params = dict(config.model.skeleton.named_parameters())
+    leaves = tree.leaves(make_optimizer(config, precision).init(params))
+    kept = sum(leaf.numel() for leaf in leaves if leaf.ndim)
+    return math.ceil(kept / sum(leaf.numel() for leaf in params.values()))
 
 
 def keep_freed_memory() -> None:
@@ -325,6 +335,7 @@ def fit(
         loss_chunk_tokens=chunk_tokens_of(hardware.device.type, precision),
         available_bytes=hardware.available_bytes,
         accumulation=spec.accumulation,
+        optimizer_slots=optimizer_slots(config, precision),
         shards=shards,
         compile=compile,
         device_type=hardware.device.type,

@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.gpt2_124m import config as gpt2_124m
-from nanogpt import hf, loop, perf, run_dir, tree
+from nanogpt import hf, loop, optim, perf, run, run_dir, tree
 from nanogpt.checkpoint import Checkpointer, load_params
 from nanogpt.config import DataConfig, RunConfig, TrainConfig
 from nanogpt.data import BatchSpec
@@ -670,6 +670,32 @@ def test_microsteps_are_cut_to_what_the_device_has_free() -> None:
         f"64 sequences in a microstep do not fit a GPU: {cut.batch_size} at a time and {cut.accumulation} "
         "microsteps instead of 8"
     )
+
+
+def keeping(slots: int) -> Callable[..., optim.Transform]:
+    """A `make_optimizer` whose state is so many times the parameters."""
+    update = optim.clip_by_global_norm(1.0).update
+    return lambda config, precision: optim.Transform(lambda params: [params] * slots, update)
+
+
+def test_the_plan_counts_what_another_optimizer_keeps(
+    go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "make_optimizer", keeping(3))
+    go(tmp_path, *EAGER, "--plan")
+    sizes = re.search(r"parameters (\S+) KB, optimizer state (\S+) KB", capsys.readouterr().out)
+    assert sizes is not None
+    assert float(sizes[2]) == pytest.approx(3 * float(sizes[1]), abs=0.3)  # both are rounded to a tenth
+
+
+def test_microsteps_leave_room_for_what_another_optimizer_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = BatchSpec(block_size=1024, batch_size=64, total_batch_size=524288, seed=0)
+    gpu = perf.Hardware(
+        torch.device("cpu"), "a GPU", 8, 24 * 10**9, 15 * 10**9, bf16_fast=True, fp16_fast=True
+    )
+    usual = fit(RunConfig(), spec, gpu, "bfloat16").batch_size
+    monkeypatch.setattr(run, "make_optimizer", keeping(20))
+    assert fit(RunConfig(), spec, gpu, "bfloat16").batch_size < usual
 
 
 @pytest.mark.parametrize("environment", [{"CXX": "/nowhere/g++"}, {"PATH": "/nowhere"}])
