@@ -26,7 +26,8 @@ def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Conf
     try:
         with contextlib.redirect_stderr(said):
             prog = f"python -m {module}" if module else None
-            return tyro.cli(kind, default=default, prog=prog, description=program.__doc__)
+            args = [at_home(word) for word in sys.argv[1:]]
+            return tyro.cli(kind, default=default, prog=prog, description=program.__doc__, args=args)
     except SystemExit as stop:
         # tyro catches a config's ValueError and prints it in a box of its own.
         mistake = stop.__context__
@@ -36,6 +37,13 @@ def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Conf
             raise mistake from None
         print(said.getvalue(), end="", file=sys.stderr)
         raise
+
+
+def at_home(word: str) -> str:
+    """`word`, but `--flag=~/path` means the home directory, which a shell sees only in `--flag ~/path`."""
+    flag, equals, value = word.partition("=")
+    is_home = flag.startswith("--") and value.startswith("~/")
+    return flag + equals + os.path.expanduser(value) if is_home else word
 
 
 @contextlib.contextmanager

@@ -94,6 +94,14 @@ def help_text() -> str:
     return re.sub(r" (\w+ options)\n", r"\n\n\1: ", lines) + "\n"
 
 
+def test_a_flag_with_an_equals_sign_means_the_home_directory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["experiment", "--run-dir=~/runs/a", "--sample.prompt", "~/b=~/c"])
+    config = command.parse(RunConfig, default=gpt2_124m)
+    assert config.run_dir == Path("/home/me/runs/a")
+    assert config.sample.prompt == "~/b=~/c"
+
+
 def test_every_field_of_the_config_has_a_flag_with_help_and_a_default() -> None:
     flags = [line for line in help_text().splitlines() if line.startswith("--")]
     values = to_json(gpt2_124m).values()

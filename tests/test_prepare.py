@@ -32,7 +32,7 @@ import tiktoken
 
 from nanogpt.errors import UserError
 from nanogpt.prepare import arrow, check, sources
-from nanogpt.prepare.__main__ import main
+from nanogpt.prepare.__main__ import main, parse
 from nanogpt.prepare.build import TokenFile, ids_where, validation_mask
 from nanogpt.prepare.bundled import bundled_text, ensure_bundled
 from nanogpt.prepare.config import SPLIT_FRACTION, SPLIT_SEED
@@ -914,6 +914,11 @@ def test_inspect_shows_counts_lengths_and_documents(documents, tmp_path, capsys)
     assert f"{tmp_path / 'out'}: {tmp_path / 'a.jsonl'}, gpt2, 50,257 ids" in shown
     assert f"100 %: {lengths[-1]:,}" in shown
     assert "First Citizen:\\nBefore we proceed" in shown
+
+
+def test_the_files_may_be_made_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse(["shakespeare", "--out=~/data"]).out == tmp_path / "data"
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

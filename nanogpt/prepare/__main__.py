@@ -121,7 +121,7 @@ def add_result_flags(parser: Parser) -> None:
     group = parser.add_argument_group("the files that are made")
     group.add_argument(
         "--out",
-        type=Path,
+        type=lambda typed: Path(os.path.expanduser(typed)),  # which a shell does not for --out=~/data
         required=True,
         metavar="DIR",
         help="folder for the files; created where it is missing",
