@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from nanogpt import run as run_module
 from nanogpt.config import (
     DataConfig,
     EvalConfig,
@@ -101,6 +102,13 @@ def test_the_programs_run_one_after_the_other(capsys):
     assert first == pytest.approx(ln_64, abs=0.2)
     assert len(mapped) == 3
     assert first > mapped[0] > mapped[1] > mapped[2]
+
+
+def test_every_function_to_change_is_one_of_the_run():
+    (named,) = re.findall(r"goes into (.*?) of `nanogpt/run.py`", README)
+    functions = re.findall(r"`(\w+)`", named)
+    assert len(functions) == 3
+    assert [name for name in functions if not callable(getattr(run_module, name))] == []
 
 
 def test_every_flag_is_one_of_the_experiments(capsys):
