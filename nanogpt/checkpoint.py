@@ -348,7 +348,8 @@ def _damage_reported(directory: Path, step: int) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    """What went wrong, without the settings that TensorStore adds: a thousand characters of JSON."""
+    return str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0]
 
 
 def _import_shards() -> Any:
