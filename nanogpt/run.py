@@ -114,7 +114,7 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
     about = describe(config, plan.dataset, plan.precision)
     with (
         own_run_dir(config, about) if is_first else contextlib.nullcontext(),
-        full_disk_in_a_sentence(config.run_dir),
+        lost_disk_in_a_sentence(config.run_dir),
         contextlib.closing(make_trackers(plan, console) if is_first else Trackers(console)) as trackers,
         catch_signals() as caught,  # also while the last checkpoint is written
         contextlib.closing(checkpointer),
@@ -401,14 +401,20 @@ def make_trackers(plan: Plan, console: Console) -> Trackers:
 
 
 @contextlib.contextmanager
-def full_disk_in_a_sentence(run_dir: Path) -> Iterator[None]:
-    """Raises UserError if the disk has no room left for what a run writes."""
+def lost_disk_in_a_sentence(run_dir: Path) -> Iterator[None]:
+    """Raises UserError if there is no room left for what a run writes, or its directory cannot be used."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no more room to write in {run_dir} ({error.strerror}); free some and start the same "
+                f"command again, which goes on from the last checkpoint"
+            ) from error
+        if error.filename is None or run_dir not in Path(os.fsdecode(error.filename)).parents:
             raise
         raise UserError(
-            f"no more room to write in {run_dir} ({error.strerror}); free some and start the same command "
-            f"again, which goes on from the last checkpoint"
+            f"{error.filename} cannot be used any more ({error.strerror}), expected {run_dir} to stay where "
+            f"it is and writable while a run trains in it; see to that and start the same command again, "
+            f"which goes on from the last checkpoint there"
         ) from error

@@ -586,6 +586,21 @@ def test_a_full_disk_on_the_way(go: Go, tmp_path: Path, capsys: Any) -> None:
     )
 
 
+def test_a_run_directory_that_is_moved_away_on_the_way(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def save(*arguments: Any, **options: Any) -> None:
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path / "run", *EAGER, train__max_steps=4)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/run/metrics.jsonl cannot be used any more (No such file")
+    assert said.endswith("start the same command again, which goes on from the last checkpoint there\n")
+
+
 def test_a_run_directory_that_cannot_be_made(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is not a folder that you may write to" in refused(run_dir=tmp_path / "file/run")
