@@ -112,6 +112,7 @@ class Team:
     If the ranks do not meet within `timeout_s`, entering the context ends the process with one sentence. If
     there are several, leaving it with an exception ends the process by os._exit: threads of a broken group, a
     tracker or a checkpoint may wait for ranks that are gone, and a regular exit would wait for those threads.
+    So does a Ctrl-C in any process: a regular exit would wait for all that the compiler has been asked for.
     """
 
     def __init__(self, world: World, *, timeout_s: float = MEETING_TIMEOUT_S) -> None:
@@ -147,6 +148,8 @@ class Team:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.world.size == 1:
+            if isinstance(error, KeyboardInterrupt):
+                self._end(self._ending_of(error))
             if isinstance(error, UserError) or (isinstance(error, SystemExit) and error.code == 2):
                 stop_restarts()
             return

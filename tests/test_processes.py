@@ -508,6 +508,24 @@ def test_one_process_alone_is_a_team_for_which_nothing_changes(tmp_path: Path) -
     assert not dist.is_initialized()
 
 
+COMPILES = """
+import time
+from nanogpt.graph import compiling_threads
+from nanogpt.meeting import ALONE
+from nanogpt.processes import Team
+
+with Team(ALONE):
+    compiling_threads(1).submit(time.sleep, 1000)
+    raise KeyboardInterrupt
+"""
+
+
+def test_a_ctrl_c_does_not_wait_for_a_compiler() -> None:
+    """As the second one, of which the first says that it stops at once."""
+    done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_the_hashes_of_the_code_are_of_every_file_and_change_with_it() -> None:
     hashes = code_hashes()
     assert {"nanogpt/processes.py", "nanogpt/prepare/build.py"} <= hashes.keys()
