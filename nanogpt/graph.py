@@ -4,12 +4,15 @@ import functools
 import importlib
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import types
+import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +94,8 @@ def start_compiler() -> None:
     compiling: Any = importlib.import_module("torch._inductor.async_compile")
     pool = compiling_threads(compiling.get_compile_threads())
     compiling.AsyncCompile.pool = staticmethod(lambda: pool)
+    builder: Any = importlib.import_module("torch._inductor.cpp_builder")
+    builder.run_compile_cmd = named_when_whole(builder.run_compile_cmd)
     if not torch.cuda.is_available():
         look_beside()
 
@@ -105,6 +110,27 @@ def compiling_threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(
         count, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, shielded)
     )
+
+
+def named_when_whole(run: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    """PyTorch's `run` of a compiler's command line in a folder, but the result has its name only once whole.
+
+    PyTorch takes whatever file has that name. Half of one, of a compiler that was killed or that still
+    writes for a run that has ended, would be an ImportError in every run with the same cache.
+    """
+
+    def call(cmd_line: str, cwd: str) -> None:  # the names that PyTorch passes them by
+        words = shlex.split(cmd_line)
+        place = words.index("-o") + 1
+        result = Path(words[place])
+        part = result.with_name(f"{result.name}.{uuid.uuid4().hex}")
+        try:
+            run(shlex.join([*words[:place], str(part), *words[place + 1 :]]), cwd)
+            part.replace(result)
+        finally:
+            part.unlink(missing_ok=True)
+
+    return call
 
 
 def look_beside() -> None:

@@ -1,5 +1,6 @@
 """The C++ compiler is tried once, with as few programs as will do, whoever asks; no Ctrl-C ends it."""
 
+import contextlib
 import importlib
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from nanogpt.errors import UserError
-from nanogpt.graph import as_one_graph, look_beside, start_compiler
+from nanogpt.graph import as_one_graph, errors_of_inductor, look_beside, start_compiler
 
 X86 = ["avx2", "avx512", "avx512_vnni", "amx_tile"]
 
@@ -131,3 +132,24 @@ print("compiled")
         subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert compiler.result().stdout == "compiled\n"
+
+
+WRITES = """#!/bin/sh
+printf who > "$2"
+test -e kernel.so && exit 1
+{}
+printf le >> "$2"
+"""
+
+
+@pytest.mark.parametrize(("end", "left"), [("", "whole"), ("kill -KILL $$", None)], ids=["works", "killed"])
+def test_what_is_compiled_has_its_name_when_it_is_whole(end: str, left: str | None, tmp_path: Path):
+    compiler, result = tmp_path / "a compiler", tmp_path / "kernel.so"
+    compiler.write_text(WRITES.format(end))
+    compiler.chmod(0o755)
+    start_compiler()
+    builder: Any = importlib.import_module("torch._inductor.cpp_builder")
+    with contextlib.nullcontext() if left else pytest.raises(errors_of_inductor().CppCompileError):
+        builder.run_compile_cmd(f"'{compiler}' -o {result}", cwd=str(tmp_path))
+    assert (result.read_text() if result.exists() else None) == left
+    assert set(tmp_path.iterdir()) <= {compiler, result}
