@@ -131,7 +131,8 @@ def apply(
 ) -> Float[Tensor, "B T V"]:
     """Logits for the token after each position, in the dtype of `params`.
 
-    Nothing is dropped without a `dropout_key`. Raises UserError if T exceeds `block_size`.
+    Nothing is dropped without a `dropout_key`. Raises UserError if T exceeds `block_size` or a leaf is
+    missing.
     """
     features = apply_trunk(params, tokens, config, dropout_key=dropout_key, attention=attention)
     return F.linear(features, padded_head(params, config))[..., : config.vocab_size]
@@ -156,6 +157,8 @@ def apply_trunk(
             f"a sequence has {tokens.shape[1]} tokens, the model {config.block_size} positions; "
             f"cut the sequence or set --model.block-size"
         )
+    if through_block is None:
+        require_leaves(params, config)
     key = dropout_key if config.dropout else None
 
     def as_it_stands(layer: int, block: nn.Module, x: Tensor) -> Tensor:
@@ -190,6 +193,16 @@ def call(module: nn.Module, params: Params, arguments: tuple) -> Tensor:
         return torch.func.functional_call(module, params, arguments)
     with SKELETONS:
         return torch.func.functional_call(module, params, arguments)
+
+
+def require_leaves(params: Params, config: GPT2Config) -> None:
+    """Raises UserError if `params` lack a leaf: the skeleton's own has no values, yet can be multiplied."""
+    names = [name for name, _ in config.skeleton.named_parameters()]
+    if missing := [name for name in names if name not in params]:
+        raise UserError(
+            f"{missing[0]} is not among the parameters ({len(missing)} of {len(names)} leaves are missing); "
+            f"expected the names that init(config, generator) gives them"
+        )
 
 
 def block_names(params: Params) -> tuple[list[dict[str, str]], dict[str, str]]:

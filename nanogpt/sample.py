@@ -23,7 +23,7 @@ from nanogpt.checkpoint import CHECKPOINTS, load_params
 from nanogpt.config import LARGEST_SEED
 from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
-from nanogpt.model import GPT2Config, Params, call
+from nanogpt.model import GPT2Config, Params, call, require_leaves
 from nanogpt.tokenizer import Tokenizer, tokenizer_from
 from nanogpt.tracker import printable
 
@@ -51,8 +51,9 @@ def generate(
     `temperature` 0 takes the likeliest token. `top_k` keeps the k likeliest tokens, `top_p` the smallest set
     whose probability reaches p (Holtzman et al. 2020). When `block_size` positions are full, the text goes on
     from its last half block. With `compile` the one-token step is compiled, once for all positions. Raises
-    UserError for settings out of range.
+    UserError for settings out of range and if a leaf is missing.
     """
+    require_leaves(params, config)
     check_settings(config, prompt, max_new_tokens, temperature, top_k, top_p)
     step = compiled_decode(config, len(prompt)) if compile else decode
     tokens = prompt[:, -config.block_size :]

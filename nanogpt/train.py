@@ -29,6 +29,7 @@ from nanogpt.model import (
     fold_in,
     init,
     padded_head,
+    require_leaves,
 )
 from nanogpt.optim import LossScaleState, OptState, Transform
 from nanogpt.update import make_update
@@ -222,7 +223,7 @@ def make_loss(
         scale: Tensor,
         call_block: CallBlock | None = None,
     ) -> Tensor:
-        call = from_tree(params) if call_block is None else call_block
+        call = from_tree(params, config) if call_block is None else call_block
 
         def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
             return call(layer, block, x, block_key(key, layer) if config.dropout else None)
@@ -236,8 +237,9 @@ def make_loss(
     return loss
 
 
-def from_tree(params: Params) -> CallBlock:
-    """A `CallBlock` that takes each block's parameters from `params`."""
+def from_tree(params: Params, config: GPT2Config) -> CallBlock:
+    """A `CallBlock` that takes each block's parameters from `params`, which must hold all leaves."""
+    require_leaves(params, config)
     return lambda layer, function, *arguments: function(block_params(params, layer), *arguments)
 
 
@@ -302,7 +304,7 @@ def make_eval_step(
     def summed_loss(
         params: Params, inputs: Tensor, targets: Tensor, call_block: CallBlock | None = None
     ) -> Tensor:
-        call = from_tree(params) if call_block is None else call_block
+        call = from_tree(params, config) if call_block is None else call_block
 
         def through_block(layer: int, _: nn.Module, x: Tensor) -> Tensor:
             return call(layer, block, x)

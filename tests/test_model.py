@@ -27,7 +27,8 @@ from nanogpt.model import (
     keep_mask,
     padded_head,
 )
-from nanogpt.train import make_value_and_grad
+from nanogpt.sample import generate
+from nanogpt.train import make_eval_step, make_value_and_grad
 
 SMALL = GPT2Config(vocab_size=130, block_size=16, n_layer=3, n_head=4, n_embd=32)
 ONE = torch.ones(())
@@ -413,4 +414,35 @@ def test_a_sequence_beyond_the_positions_is_refused():
         apply(params, torch.zeros(1, 17, dtype=torch.int64), SMALL)
     assert str(caught.value) == (
         "a sequence has 17 tokens, the model 16 positions; cut the sequence or set --model.block-size"
+    )
+
+
+def applied(params: Params) -> None:
+    apply(params, torch.zeros(1, 3, dtype=torch.int64), SMALL)
+
+
+def sampled(params: Params) -> None:
+    generate(params, SMALL, torch.zeros(1, 3, dtype=torch.int64), max_new_tokens=1)
+
+
+def differentiated(params: Params) -> None:
+    tokens = torch.zeros(1, 1, 3, dtype=torch.int64)
+    make_value_and_grad(SMALL)(params, Batch(tokens, tokens), key_of(0), ONE)
+
+
+def evaluated(params: Params) -> None:
+    tokens = torch.zeros(1, 1, 3, dtype=torch.int64)
+    make_eval_step(SMALL, compile=False)(params, Batch(tokens, tokens))
+
+
+@pytest.mark.parametrize("use", [applied, sampled, differentiated, evaluated])
+def test_a_missing_leaf_is_refused(use: Callable[[Params], None]):
+    """The skeleton's own weight would be multiplied, without an error, as whatever memory holds."""
+    params = init(SMALL, torch.Generator())
+    del params["h.1.mlp.c_fc.weight"]
+    with pytest.raises(UserError) as caught:
+        use(params)
+    assert str(caught.value) == (
+        "h.1.mlp.c_fc.weight is not among the parameters (1 of 40 leaves are missing); "
+        "expected the names that init(config, generator) gives them"
     )
