@@ -170,13 +170,13 @@ def check_tokens(
         )
     if max_token_id is not None and max_token_id < vocab_size:
         return
-    step = RELEASE_BYTES // TOKEN_BYTES
-    beginning = tokens[: block_size + 1]
+    beginning = tokens[:1024]
     if max_token_id is None and beginning[::2].any() and not beginning[1::2].any():
         raise UserError(
             f"{path} begins with a 0 at every second position, as numbers of four or eight bytes do, "
             f'expected raw uint16; write it with numpy\'s .astype("uint16").tofile'
         )
+    step = RELEASE_BYTES // TOKEN_BYTES
     for start in range(0, len(tokens), step):
         chunk = tokens[start : start + step]
         if chunk.max() >= vocab_size:

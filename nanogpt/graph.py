@@ -122,7 +122,7 @@ def named_when_whole(run: Callable[[str, str], None]) -> Callable[[str, str], No
     def call(cmd_line: str, cwd: str) -> None:  # the names that PyTorch passes them by
         words = shlex.split(cmd_line)
         place = words.index("-o") + 1
-        result = Path(words[place])
+        result = Path(cwd, words[place])
         part = result.with_name(f"{result.name}.{uuid.uuid4().hex}")
         try:
             run(shlex.join([*words[:place], str(part), *words[place + 1 :]]), cwd)
