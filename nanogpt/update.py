@@ -99,4 +99,5 @@ def make_update_by_leaf(
         new_params, new_state = tree.map(sharding.wrap, new, old)
         return new_params, new_state if scaling is None else (opt_state[0], *new_state)
 
-    return torch.no_grad()(update)
+    # An eager update that makes new leaves can be differentiated, by a learning rate for instance.
+    return torch.no_grad()(update) if donate or compile else update

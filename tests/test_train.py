@@ -166,6 +166,23 @@ def test_learning_rates_can_be_mapped_over():
     torch.testing.assert_close(losses, torch.stack([loss_after_three_steps(rate) for rate in rates]))
 
 
+def test_a_learning_rate_has_a_gradient():
+    """The loss after an update falls along the rate as fast as finite differences say."""
+    state, batch = start(), batch_of(0)
+
+    def loss_after_an_update(rate: Tensor) -> Tensor:
+        optimizer = chain(clip_by_global_norm(1.0), adamw(lambda step: rate, weight_decay=0.1))
+        _, metrics = run_steps(mapped("float32", optimizer), state, [batch] * 2)
+        return metrics[-1]["loss"]
+
+    rate, change = torch.tensor(1e-2), 1e-3
+    ahead, behind = (loss_after_an_update(rate + sign * change) for sign in (1, -1))
+    slope = (ahead - behind) / (2 * change)
+    assert slope < -1  # a number of weight
+    # what the third derivative makes of a change of a tenth
+    torch.testing.assert_close(torch.func.grad(loss_after_an_update)(rate), slope, rtol=0.02, atol=0)
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """One tree whose leaves are those of `trees`, one above the other."""
     return tree.map(lambda *leaves: torch.stack(leaves), *trees)
