@@ -134,8 +134,8 @@ def unflatten(like: Tree, leaves: list[Any]) -> Tree:
 def global_norm(tree: Tree) -> Float[Tensor, ""]:
     """The Euclidean norm of all leaves together, as if they were one vector; accumulated in fp32."""
     parts = [leaf.float() for leaf in leaves(tree)]
-    if not torch.compiler.is_compiling() and any(is_mapped(part) for part in parts):
-        norms = [torch.linalg.vector_norm(part) for part in parts]  # vmap has no rule for one call for all
+    if not torch.compiler.is_compiling() and any(map(is_functorch_wrapped_tensor, parts)):
+        norms = [torch.linalg.vector_norm(part) for part in parts]  # vmap and jvp fail in one call for all
     else:
         norms = torch.ops.aten._foreach_norm.Scalar(parts)
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -62,6 +63,20 @@ def test_global_norm_of_half_precision_is_summed_in_fp32():
     norm = tree.global_norm([leaf])
     assert norm.dtype == torch.float32
     torch.testing.assert_close(norm, torch.tensor(300 * 1000**0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, of jvp
+def test_global_norm_has_forward_and_second_derivatives():
+    x, direction = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])
+
+    def norm(x: Tensor) -> Tensor:
+        return tree.global_norm({"a": x[:1], "b": x[1:]})
+
+    slope = torch.func.jvp(norm, (x,), (direction,))[1]
+    curvature = torch.func.hessian(norm)(x)
+    # x / |x| and (1 - x x^T / |x|^2) / |x|
+    torch.testing.assert_close(slope, torch.tensor(0.6))
+    torch.testing.assert_close(curvature, torch.tensor([[0.128, -0.096], [-0.096, 0.072]]))
 
 
 def test_equal_trees_have_no_difference():
