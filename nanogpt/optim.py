@@ -23,6 +23,9 @@ OptState = Any
 Schedule = Callable[[Int[Tensor, ""]], Float[Tensor, ""]]
 """Step to learning rate; step 0 is the first update."""
 
+Number = float | Float[Tensor, ""]
+"""A setting: a tensor can also be mapped over by `vmap` and differentiated."""
+
 Numbers = Callable[[OptState, Tree], Tree]
 """`(opt_state, params) -> numbers`: what an `Elementwise` computes before it visits the leaves."""
 
@@ -225,7 +228,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
     return elementwise(init, update, numbers=corrections)
 
 
-def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Transform:
+def add_decayed_weights(weight_decay: Number, mask: Callable[[Tree], Tree]) -> Transform:
     """Adds weight_decay * parameter to the updates where `mask(params)` is True.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
@@ -233,7 +236,7 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
 
     def decays(opt_state: OptState, params: Tree) -> Tree:
         device = tree.leaves(params)[0].device
-        some, none = (torch.full((), decay, device=device) for decay in (weight_decay, 0.0))
+        some, none = (as_scalar(decay, device) for decay in (weight_decay, 0.0))
         return tree.map(lambda decayed: some if decayed else none, mask(params))
 
     def update(updates: Tree, opt_state: OptState, params: Tree, numbers: Tree) -> tuple[Tree, OptState]:
@@ -242,16 +245,15 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree]) -> Tr
     return elementwise(lambda params: (), update, numbers=decays)
 
 
-def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
+def scale_by_learning_rate(learning_rate: Number | Schedule) -> Transform:
     """Updates times minus the learning rate, so that adding them to the parameters goes downhill."""
 
     def init(params: Tree) -> ScheduleState:
         return ScheduleState(_zero_like(params))
 
     def rate(opt_state: ScheduleState, params: Tree) -> Tree:
-        if callable(learning_rate):
-            return torch.as_tensor(learning_rate(opt_state.count), device=opt_state.count.device)
-        return torch.full_like(opt_state.count, learning_rate, dtype=torch.float32)
+        value = learning_rate(opt_state.count) if callable(learning_rate) else learning_rate
+        return as_scalar(value, opt_state.count.device)
 
     def update(
         updates: Tree, opt_state: ScheduleState, params: Tree, numbers: Tree
@@ -261,18 +263,25 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> Transform:
     return elementwise(init, update, numbers=rate)
 
 
+def as_scalar(value: Number, device: torch.device) -> Float[Tensor, ""]:
+    """The value on `device`, a tensor as it is; a number is written there without waiting for a GPU."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def matrices(params: Tree) -> Tree:
     """True for leaves of two or more dimensions: those are decayed, biases and gains are not."""
     return tree.map(lambda p: p.ndim >= 2, params)
 
 
 def adamw(
-    learning_rate: float | Schedule,
+    learning_rate: Number | Schedule,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
-    weight_decay: float = 0.01,
+    weight_decay: Number = 0.01,
     decay_mask: Callable[[Tree], Tree] = matrices,
 ) -> Transform:
     """Adam, with decoupled weight decay where `decay_mask(params)` is True.

@@ -150,6 +150,26 @@ def test_the_schedule_counts_updates_from_zero():
     assert (float(params["a"]), int(opt_state.count)) == (-111.0, 3)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, of jvp
+@pytest.mark.parametrize("setting", ["learning_rate", "weight_decay"])
+def test_a_setting_that_is_a_tensor_can_be_mapped_and_differentiated(setting: str):
+    start, all_grads = random_like(0), [random_like(1)] * 2
+
+    def size_after_two_updates(value: Any) -> Tensor:
+        params, _ = steps_of(adamw(**{"learning_rate": 0.1} | {setting: value}), start, all_grads)
+        return tree.global_norm(params)
+
+    values, one = torch.tensor([0.1, 0.2]), torch.ones(())
+    sizes = torch.func.vmap(size_after_two_updates)(values)
+    expected = [size_after_two_updates(value) for value in values.tolist()]
+    torch.testing.assert_close(sizes, torch.stack(expected))
+    slope = torch.func.grad(size_after_two_updates)(values[0])
+    ahead, behind = (size_after_two_updates(0.1 + change) for change in (0.01, -0.01))
+    torch.testing.assert_close(slope, (ahead - behind) / 0.02, rtol=0.02, atol=0)  # a large change
+    _, along = torch.func.jvp(size_after_two_updates, (values[0],), (one,))
+    torch.testing.assert_close(along, slope)
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 100, 101])
 def test_a_warmup_that_does_not_fit_is_refused(warmup_steps: int):
     with pytest.raises(
