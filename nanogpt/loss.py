@@ -55,7 +55,7 @@ def head_loss(
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     chunk: Callable[..., Tensor] | None = None,
 ) -> Float[Tensor, ""]:
-    """Summed loss of `features @ head.T` in nats, without gradients; holds one chunk's logits at a time.
+    """Summed loss of `features @ head.T` in nats; without a tape one chunk's logits exist at a time.
 
     Targets of -100 are left out, so a last batch can be padded with them. `chunk` is `chunk_loss` or its
     compiled form.

@@ -318,17 +318,20 @@ def make_eval_step(
             chunk=chunk,
         )
 
-    bound = bind(config, mesh, precision=precision) if mesh else None
-
-    @torch.no_grad()
     def eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
-        if bound is None:
-            return torch.stack([summed_loss(params, *part) for part in zip(*batch, strict=True)]).sum()
+        return torch.stack([summed_loss(params, *part) for part in zip(*batch, strict=True)]).sum()
+
+    if mesh is None:
+        return eval_step
+    bound = bind(config, mesh, precision=precision)
+
+    @torch.no_grad()  # FSDP2's own parameters require gradients
+    def sharded_eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
         bound.bind(params)
         losses = [bound.call(summed_loss, *part, bound.call_block) for part in zip(*batch, strict=True)]
         return sharding.sum_over_ranks(torch.stack(losses).sum())
 
-    return eval_step
+    return sharded_eval_step
 
 
 def check_precision(precision: str) -> None:

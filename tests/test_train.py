@@ -393,6 +393,16 @@ def test_an_eval_step_sums_the_loss_of_the_targets_that_count():
     torch.testing.assert_close(summed, expected, rtol=1e-6, atol=0)  # sums in another order
 
 
+def test_an_eval_step_has_the_gradient_of_its_loss():
+    batch, params = batch_of(0), start().params
+    eval_step = make_eval_step(TINY, precision="float32", compile=False)
+    grads = torch.func.grad(lambda params: eval_step(params, batch) / batch.targets.numel())(params)
+    value_and_grad = make_value_and_grad(TINY, precision="float32")
+    _, expected = value_and_grad(params, batch, torch.tensor(0), torch.ones(()))
+    for name, leaf in expected.items():
+        assert (grads[name] - leaf).norm() < 1e-5 * leaf.norm(), name  # sums in another order
+
+
 def test_a_machine_with_cuda_s_compiler_and_no_gpu_starts_silently():
     # A build for CUDA looks for its compiler and would complain of the GPU; no build may say anything.
     program = "import torch, nanogpt.graph as g; g.as_one_graph(lambda x: x.relu())(torch.ones(20))"
