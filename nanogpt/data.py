@@ -193,7 +193,7 @@ def window_count(token_count: int, block_size: int) -> int:
     return max(token_count - 1, 0) // block_size
 
 
-def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
+def batch_at(tokens: Tokens, step: int | Int[Tensor, ""], spec: BatchSpec) -> Batch:
     """This process's part of a step's batch: int64 on the CPU, a pure function of the arguments.
 
     Sequence g of a step is the same for any number of processes P; it belongs to microstep g // (P B) and
@@ -207,7 +207,7 @@ def batch_at(tokens: Tokens, step: int, spec: BatchSpec) -> Batch:
             f"target); set a smaller --model.block-size or prepare more text"
         )
     A, B, T = spec.accumulation, spec.batch_size, spec.block_size
-    starts = window_at(step * spec.sequences + dealt_places(spec), windows, spec.seed) * T
+    starts = window_at(int(step) * spec.sequences + dealt_places(spec), windows, spec.seed) * T
     rows = np.empty((A * B, T + 1), dtype=np.int64)
     for row, start in zip(rows, starts.tolist(), strict=True):
         row[:] = tokens[start : start + T + 1]

@@ -150,6 +150,13 @@ def test_the_hash_of_a_batch_is_of_its_tokens_and_their_places(processes: int):
     assert batch_hash(swapped, 3, alone) != batch_hash(batch, 3, alone)
 
 
+def test_a_states_step_names_its_batch():
+    """`state.step` is a tensor; the number of sequences may be beyond its range in 32 bits."""
+    tokens, spec, step = counting_tokens(100), make_spec(4), 2**30
+    batch = batch_at(tokens, torch.tensor(step, dtype=torch.int32), spec)
+    assert batch.inputs.equal(batch_at(tokens, step, spec).inputs)
+
+
 def test_tokens_that_hold_no_window_are_refused():
     with pytest.raises(UserError) as caught:
         batch_at(np.zeros(T, np.uint16), 0, make_spec(1))
