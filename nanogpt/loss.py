@@ -40,7 +40,7 @@ def next_token_loss(
 
     Targets of -100 are left out, as in `torch.nn.functional.cross_entropy`.
     """
-    rows, ids = logits.flatten(0, -2), targets.flatten()
+    rows, ids = logits.reshape(-1, logits.shape[-1]), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     total = sum(F.cross_entropy(row.float(), target, reduction="sum") for row, target in chunks)
     return torch.as_tensor(total) / (ids != IGNORED).sum()

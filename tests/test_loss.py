@@ -58,6 +58,12 @@ def test_next_token_loss_of_bf16_logits_is_computed_in_fp32(features: Tensor, he
     close(loss, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()))
 
 
+def test_next_token_loss_of_each_token_is_mapped(features: Tensor, head: Tensor, targets: Tensor):
+    logits = features @ head[:V].T
+    losses = torch.func.vmap(torch.func.vmap(next_token_loss))(logits, targets)
+    close(losses, F.cross_entropy(logits.mT, targets, reduction="none"))
+
+
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
     loss = next_token_loss(torch.zeros(2, 3, V), torch.zeros(2, 3, dtype=torch.int64))
     close(loss, torch.tensor(float(V)).log())
