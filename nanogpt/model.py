@@ -152,6 +152,11 @@ def apply_trunk(
     `through_block` decides how a block is run (compiled, sharded), and where its parameters come from: then
     `params` need not hold them. By default each block runs eagerly on its part of `params`.
     """
+    if tokens.ndim != 2:
+        raise UserError(
+            f"the tokens of a pass have shape {list(tokens.shape)}, expected [B, T] (a Batch has [A, B, T], "
+            f"A passes); add or index the dimension that differs, as in tokens[None]"
+        )
     if tokens.shape[1] > config.block_size:
         raise UserError(
             f"a sequence has {tokens.shape[1]} tokens, the model {config.block_size} positions; "

@@ -19,6 +19,7 @@ from nanogpt.model import (
     GPT2Config,
     Params,
     apply,
+    apply_trunk,
     causal_attention_with_dropout,
     dropout,
     fold_in,
@@ -414,6 +415,18 @@ def test_a_sequence_beyond_the_positions_is_refused():
         apply(params, torch.zeros(1, 17, dtype=torch.int64), SMALL)
     assert str(caught.value) == (
         "a sequence has 17 tokens, the model 16 positions; cut the sequence or set --model.block-size"
+    )
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 2, 16)])
+def test_tokens_of_another_rank_are_refused(shape: tuple[int, ...]):
+    params, tokens = init(SMALL, torch.Generator()), torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(UserError) as caught:
+        # past the type check that runs in tests only
+        apply_trunk.__wrapped__(params, tokens, SMALL)
+    assert str(caught.value) == (
+        f"the tokens of a pass have shape {list(shape)}, expected [B, T] (a Batch has [A, B, T], A passes); "
+        "add or index the dimension that differs, as in tokens[None]"
     )
 
 
