@@ -202,7 +202,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
     """Updates divided by the root of their running second moment, both moments bias-corrected.
 
-    Source: Kingma and Ba 2015, algorithm 1.
+    Moments have the dtypes of the parameters. Source: Kingma and Ba 2015, algorithm 1.
     """
 
     def init(params: Tree) -> AdamState:
@@ -218,6 +218,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
 
         # Leaf by leaf, so that one leaf's temporaries are freed before the next leaf's are made.
         def update_leaf(g: Tensor, mu: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g = g.to(mu.dtype)
             mu = torch.lerp(mu, g, 1 - b1)
             nu = torch.lerp(nu, g * g, 1 - b2)
             return (mu / mu_correction) / ((nu / nu_correction).sqrt() + eps), mu, nu
@@ -299,8 +300,8 @@ def adamw(
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """params + updates, leaf by leaf."""
-    return tree.map(lambda p, u: p + u, params, updates)
+    """params + updates, leaf by leaf, in the dtype of the parameter."""
+    return tree.map(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 
 def warmup_cosine(peak: float, *, final: float, warmup_steps: int, total_steps: int) -> Schedule:

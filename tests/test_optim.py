@@ -117,6 +117,17 @@ def test_clip_equals_torch_above_and_below_the_norm(max_norm: float):
         torch.testing.assert_close(got, leaf.grad, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("params_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grads_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (2, 3)])  # PyTorch lets a leaf of no dimensions widen others
+def test_leaves_keep_their_dtype(params_dtype: torch.dtype, grads_dtype: torch.dtype, shape: tuple[int, ...]):
+    params, grads = {"a": torch.ones(shape, dtype=params_dtype)}, {"a": torch.ones(shape, dtype=grads_dtype)}
+    for optimizer in (chain(clip_by_global_norm(0.5), adamw(0.1)), scale_by_learning_rate(0.1)):
+        moved = steps_of(optimizer, params, [grads] * 2)
+        assert tree.diff(moved, (params, optimizer.init(params))) == []
+        assert moved[0]["a"].max() < 1
+
+
 def test_clipping_zero_gradients_gives_zeros():
     zeros, clip = tree.map(torch.zeros_like, random_like(0)), clip_by_global_norm(1.0)
     clipped, _ = clip.update(zeros, clip.init(zeros), zeros)
