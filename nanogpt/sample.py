@@ -140,7 +140,7 @@ def check_settings(
     top_p: float | None,
 ) -> None:
     """Raises UserError for a prompt without tokens or a setting out of range."""
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
+    if prompt.ndim != 2 or prompt.numel() == 0:
         raise UserError(f"the prompt has shape {list(prompt.shape)}, expected [B, T] with at least one token")
     for token in (int(prompt.min()), int(prompt.max())):
         if not 0 <= token < config.vocab_size:

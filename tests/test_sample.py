@@ -180,6 +180,10 @@ def test_the_help_names_the_new_line_that_a_text_begins_with(
             dict(prompt=torch.zeros(1, 0, dtype=torch.int64)),
             "the prompt has shape [1, 0], expected [B, T] with at least one token",
         ),
+        (
+            dict(prompt=torch.zeros(0, 3, dtype=torch.int64)),
+            "the prompt has shape [0, 3], expected [B, T] with at least one token",
+        ),
         (dict(prompt=torch.tensor([[3, 65]])), "the prompt has token id 65, expected ids from 0 to 64"),
         (dict(prompt=torch.tensor([[-1, 3]])), "the prompt has token id -1, expected ids from 0 to 64"),
     ],
