@@ -247,6 +247,8 @@ def taped_grad_and_value(function: Callable[..., Tensor]) -> Callable[..., tuple
     """Like `torch.func.grad_and_value`, which cannot see into compiled functions, but by autograd's tape."""
 
     def grad_and_value(params: Params, *arguments: Any) -> tuple[Params, Tensor]:
+        if tree.in_a_transform():
+            raise UserError("torch.func cannot transform a compiled step; make it with compile=False")
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
         for leaf in leaves.values():  # told that it stays, a graph saves no narrow copy for the backward pass
             torch._dynamo.mark_static_address(leaf, guard=False)

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+)
 from torch.utils import _pytree as pytree
 
 Tree = Any
@@ -139,6 +144,11 @@ def global_norm(tree: Tree) -> Float[Tensor, ""]:
     else:
         norms = torch.ops.aten._foreach_norm.Scalar(parts)
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def in_a_transform() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, ...) is under way, in this thread."""
+    return maybe_current_level() is not None
 
 
 def is_mapped(leaf: Tensor) -> bool:

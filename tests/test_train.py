@@ -183,6 +183,19 @@ def test_a_learning_rate_has_a_gradient():
     torch.testing.assert_close(torch.func.grad(loss_after_an_update)(rate), slope, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_a_compiled_step_refuses_to_be_transformed(transform: Any):
+    state, batch, train_step = start(), batch_of(0), make_train_step(TINY, OPTIMIZER, precision="float32")
+
+    def loss(factor: Tensor) -> Tensor:
+        params = tree.map(lambda leaf: factor * leaf, state.params)
+        return train_step(state._replace(params=params), batch)[1]["loss"]
+
+    with pytest.raises(UserError) as caught:
+        transform(loss)(torch.ones(() if transform is torch.func.grad else 2))
+    assert str(caught.value) == "torch.func cannot transform a compiled step; make it with compile=False"
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """One tree whose leaves are those of `trees`, one above the other."""
     return tree.map(lambda *leaves: torch.stack(leaves), *trees)
