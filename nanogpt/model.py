@@ -131,8 +131,9 @@ def apply(
 ) -> Float[Tensor, "B T V"]:
     """Logits for the token after each position, in the dtype of `params`.
 
-    Nothing is dropped without a `dropout_key`. Raises UserError if T exceeds `block_size` or a leaf is
-    missing.
+    Nothing is dropped without a `dropout_key`. Second derivatives need attention="math", and reverse mode on
+    the inside, as in `jvp` of `grad` or `grad` of `grad`: those of a layer norm's `jvp` are wrong in PyTorch,
+    without an error (its issue 196700). Raises UserError if T exceeds `block_size` or a leaf is missing.
     """
     features = apply_trunk(params, tokens, config, dropout_key=dropout_key, attention=attention)
     return F.linear(features, padded_head(params, config))[..., : config.vocab_size]
