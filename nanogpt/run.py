@@ -411,7 +411,8 @@ def lost_disk_in_a_sentence(run_dir: Path) -> Iterator[None]:
                 f"no more room to write in {run_dir} ({error.strerror}); free some and start the same "
                 f"command again, which goes on from the last checkpoint"
             ) from error
-        if error.filename is None or run_dir not in Path(os.fsdecode(error.filename)).parents:
+        lost = Path(os.fsdecode(error.filename or "")).absolute()
+        if run_dir.absolute() not in lost.parents:
             raise
         raise UserError(
             f"{error.filename} cannot be used any more ({error.strerror}), expected {run_dir} to stay where "

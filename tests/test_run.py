@@ -601,6 +601,13 @@ def test_a_run_directory_that_is_moved_away_on_the_way(
     assert said.endswith("start the same command again, which goes on from the last checkpoint there\n")
 
 
+def test_a_lost_run_directory_is_known_by_its_absolute_name_too() -> None:
+    run_dir = Path("runs/mine")
+    gone = FileNotFoundError(2, "No such file", str(Path.cwd() / run_dir / "checkpoints/4"))
+    with pytest.raises(UserError, match="expected runs/mine to stay"), run.lost_disk_in_a_sentence(run_dir):
+        raise gone
+
+
 def test_a_run_directory_that_cannot_be_made(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is not a folder that you may write to" in refused(run_dir=tmp_path / "file/run")
