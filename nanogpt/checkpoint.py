@@ -340,9 +340,10 @@ def _read_arrays(directory: Path, step: int, indices: dict[str, Index]) -> Array
 def _damage_reported(directory: Path, step: int) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
+        what = f"{error} is missing" if isinstance(error, LookupError) else _first_line(error)
         raise UserError(
-            f"the checkpoint of step {step} in {directory} is damaged: {_first_line(error)}; "
+            f"the checkpoint of step {step} in {directory} is damaged: {what}; "
             f"remove {directory / str(step)} to use the one before it"
         ) from error
 
@@ -365,6 +366,8 @@ def _import_edge() -> Any:
     from nanogpt import orbax_edge
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of several arrays that cannot be read one is raised, and asyncio may log the others at any time.
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore_spec" not in record.getMessage())
     # After a failed read or write Orbax closes its event loop, though threads with others still report to it.
     report, noise = sys.unraisablehook, "Event loop is closed"
     sys.unraisablehook = lambda event: None if str(event.exc_value) == noise else report(event)

@@ -26,6 +26,8 @@ from nanogpt.arrays import Arrays, Index, Part
 STATE, METADATA, METRICS = "state", "metadata", "metrics"
 _READS_AT_ONCE = 8
 """Bounds memory: to read a part of an array, all shards that overlap it are read whole."""
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+"""How zarr 3 stores a chunk. Without the checksum, which Orbax leaves out, a flipped bit is read as it is."""
 _kinds = ocp.type_handlers
 
 
@@ -44,7 +46,15 @@ class PartRestoreArgs(ocp.RestoreArgs):
 
 
 class _Arrays(_kinds.NumpyHandler):
-    """Numpy arrays that can be read in part."""
+    """Numpy arrays with checksums, which can be read in part."""
+
+    async def serialize(
+        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> list[Any]:
+        async def write_all() -> None:
+            await asyncio.gather(*(map(_write, values, infos)))
+
+        return [future.CommitFutureAwaitingContractedSignals(write_all())]
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
         assert args is not None
@@ -77,6 +87,7 @@ class _StagedArrays(_kinds.NumpyHandler):
 def array_handler() -> Any:
     """Writes numpy arrays and moves in staged ones; reads these, and what jax wrote, whole or in part."""
     return ocp.PyTreeCheckpointHandler(
+        use_zarr3=True,
         use_compression=False,  # it would save a tenth of the space and take twice the time
         type_handler_registry=_kinds.create_type_handler_registry(
             (Staged, _StagedArrays()),
@@ -136,26 +147,40 @@ def write_shards(folder: Path, process: int, shards: Arrays, parts: dict[str, Pa
     """Write a process's `shards`, each at its place in the whole array; returns the folders it made."""
     context = _kinds.get_ts_context(use_ocdbt=True)
 
-    async def write(name: str, shard: np.ndarray, part: Part) -> None:
-        info = _kinds.ParamInfo(
-            name=name, parent_dir=epath.Path(folder), use_compression=False, ts_context=context
+    def info(name: str) -> Any:
+        return _kinds.ParamInfo(
+            name=name,
+            parent_dir=epath.Path(folder),
+            use_compression=False,
+            use_zarr3=True,
+            is_ocdbt_checkpoint=True,
+            ts_context=context,
         )
-        spec = _kinds.get_json_tspec_write(
-            info,
-            use_ocdbt=True,
-            global_shape=part.shape,
-            local_shape=part.chunk,
-            dtype=shard.dtype,
-            process_index=process,
-        )
-        store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
-        await store[part.index].write(shard, can_reference_source_data_indefinitely=True)
 
     async def write_all() -> None:
-        await asyncio.gather(*(write(name, shard, parts[name]) for name, shard in shards.items()))
+        await asyncio.gather(
+            *(_write(shard, info(name), parts[name], process) for name, shard in shards.items())
+        )
 
     asyncio.run(write_all())
     return [made for made in folder.iterdir() if made.name == f"ocdbt.process_{process}"]
+
+
+async def _write(array: np.ndarray, info: Any, part: Part | None = None, process: int = 0) -> None:
+    """Write an array, or the part of one that a process holds, in chunks that each have a checksum."""
+    await info.await_path_creation()
+    part = part or Part(array.shape, array.shape, (), True)
+    spec = _kinds.get_json_tspec_write(
+        info,
+        use_ocdbt=info.is_ocdbt_checkpoint,
+        global_shape=part.shape,
+        local_shape=part.chunk,
+        dtype=array.dtype,
+        process_index=process,
+    )
+    spec["metadata"]["codecs"] = _CODECS
+    store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+    await store[part.index].write(array, can_reference_source_data_indefinitely=True)
 
 
 async def _open_to_read(info: Any) -> Any:

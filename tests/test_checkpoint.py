@@ -57,6 +57,14 @@ def same_bits(one: Any, other: Any) -> bool:
     return not tree.diff(one, other) and all(raw_bytes(ours[k]).equal(raw_bytes(theirs[k])) for k in theirs)
 
 
+def flip_a_bit(checkpoint: Path, values: Tensor) -> None:
+    """Changes the last bit of the first of `values`, which lie in a file of the checkpoint as they are."""
+    wanted = raw_bytes(values).numpy().tobytes()
+    [file] = [file for file in checkpoint.glob("state/**/d/*") if wanted in file.read_bytes()]
+    flipped = bytes([wanted[0] ^ 1]) + wanted[1:]
+    file.write_bytes(file.read_bytes().replace(wanted, flipped))
+
+
 def steps_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
@@ -146,6 +154,17 @@ def test_what_jax_wrote_in_shards_is_read_whole(tmp_path: Path) -> None:
         items = {"state": ocp.args.PyTreeSave(shards), "metadata": ocp.args.JsonSave(METADATA)}
         manager.save(1, args=ocp.args.Composite(**items))
     assert same_bits(load_params(tmp_path)[0], {"w": torch.arange(6.0).reshape(2, 3)})
+
+
+def test_what_was_saved_before_arrays_had_checksums_is_read(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    tensors = make_state(1).params
+    arrays = {f"params/{name}": leaf.numpy() for name, leaf in tensors.items()}
+    with ocp.CheckpointManager(tmp_path) as manager:  # which writes zarr's version 2, as we did
+        items = {"state": ocp.args.PyTreeSave(arrays), "metadata": ocp.args.JsonSave(METADATA)}
+        manager.save(1, args=ocp.args.Composite(**items))
+    assert same_bits(load_params(tmp_path)[0], tensors)
 
 
 def test_metadata_is_of_the_moment_of_saving(checkpointer: Checkpointer) -> None:
@@ -391,6 +410,23 @@ def test_a_damaged_checkpoint_is_named_and_how_to_go_on(copy: Path, files: str, 
     assert "tensorstore_spec" not in str(refused.value)
     shutil.rmtree(copy / "4")
     assert same_bits(load_params(copy)[0], make_state(3).params)
+
+
+@pytest.mark.parametrize("key", ["tree_metadata", "key_metadata", "value_type"])
+def test_a_description_that_lacks_a_key_is_named(copy: Path, key: str) -> None:
+    file = copy / "4/state/_METADATA"
+    file.write_text(file.read_text().replace(f'"{key}"', f'"{key[:-1]}"'))
+    with pytest.raises(UserError, match=rf"^the checkpoint of step 4 .* is damaged: '{key}' is missing; "):
+        load_params(copy)
+
+
+def test_a_flipped_bit_of_an_array_is_noticed(checkpointer: Checkpointer, tmp_path: Path) -> None:
+    state = make_state(1, width=256)
+    checkpointer.save(1, state)
+    checkpointer.wait()
+    flip_a_bit(tmp_path / "checkpoints/1", state.params["wte.weight"][4:])
+    with pytest.raises(UserError, match=r"^the checkpoint of step 1 .* is damaged: .*params/wte\.weight"):
+        load_params(tmp_path / "checkpoints")
 
 
 def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path) -> None:

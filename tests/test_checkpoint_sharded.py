@@ -220,18 +220,18 @@ def written_by(folder: Path, leaf: str) -> dict[str, list[str]]:
     for process in sorted(folder.glob("ocdbt.process_*")):
         spec: Any = {"driver": "ocdbt", "base": f"file://{process}/"}
         keys = [key.decode() for key in ts.KvStore.open(spec).result().list().result()]
-        names = [key.removeprefix(f"{leaf}/") for key in keys if key.startswith(f"{leaf}/")]
-        chunks[process.name[-1]] = sorted(name for name in names if name != ".zarray")
+        names = [key.removeprefix(f"{leaf}/") for key in keys if key.startswith(f"{leaf}/c")]
+        chunks[process.name[-1]] = sorted(names)
     return chunks
 
 
 @pytest.mark.parametrize(
     ("step", "leaf", "chunks"),
     [
-        (3, "params/uneven", {"0": ["0.0"], "1": ["1.0"], "2": ["2.0"]}),
-        (4, "params/few", {"0": ["0"], "1": ["1"], "2": ["2"], "3": []}),
-        (4, "step", {"0": ["0"], "1": [], "2": [], "3": []}),
-        (5, "params/uneven", {"0": ["0.0"], "1": ["1.0"]}),
+        (3, "params/uneven", {"0": ["c/0/0"], "1": ["c/1/0"], "2": ["c/2/0"]}),
+        (4, "params/few", {"0": ["c/0"], "1": ["c/1"], "2": ["c/2"], "3": []}),
+        (4, "step", {"0": ["c"], "1": [], "2": [], "3": []}),
+        (5, "params/uneven", {"0": ["c/0/0"], "1": ["c/1/0"]}),
     ],
     ids=["shards", "empty shards", "a plain tensor", "replicas"],
 )
@@ -251,6 +251,16 @@ def test_a_part_is_read_without_the_files_of_other_ranks(relayed: Relay, tmp_pat
     assert torch.from_numpy(read).equal(make_state(2).params["even"][:6])
     with pytest.raises(ValueError, match="params/even"):
         orbax_edge.read(folder, {"params/even": second})
+
+
+def test_a_flipped_bit_of_a_shard_is_noticed(relayed: Relay, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    folder = shutil.copytree(relayed.directory / "2" / "state", directory / "2" / "state")
+    shard = make_state(2).params["even"][6:].numpy().tobytes()
+    [file] = [file for file in folder.glob("ocdbt.process_*/d/*") if shard in file.read_bytes()]
+    file.write_bytes(file.read_bytes().replace(shard, bytes([shard[0] ^ 1]) + shard[1:]))
+    with pytest.raises(UserError, match=r"^the checkpoint of step 2 .* is damaged: .*params/even"):
+        load_params(directory, 2)
 
 
 def fsdp(directory: Path) -> list[str]:
