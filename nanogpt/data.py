@@ -86,6 +86,7 @@ class MappedTokens:
     """A token file mapped into memory; touched pages are released every 64 MiB."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._tokens = np.frombuffer(self._map, dtype="<u2")
@@ -95,6 +96,9 @@ class MappedTokens:
         return len(self._tokens)
 
     def __getitem__(self, window: slice) -> np.ndarray:
+        size = self._map.size()
+        if size < len(self._map):  # touching what is no longer there would kill the process
+            raise cut_while_in_use(self._path, size)
         copy = self._tokens[window].copy()
         self._read_bytes += copy.nbytes + FAULT_BYTES
         if self._read_bytes > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
@@ -119,10 +123,16 @@ class PreadTokens:
         count = max(stop - start, 0) * TOKEN_BYTES
         data = os.pread(self._file.fileno(), count, start * TOKEN_BYTES)
         if len(data) != count:
-            raise UserError(
-                f"{self._file.name} ends at byte {start * TOKEN_BYTES + len(data)}; was it cut while in use?"
-            )
+            raise cut_while_in_use(self._file.name, start * TOKEN_BYTES + len(data))
         return np.frombuffer(data, dtype="<u2")
+
+
+def cut_while_in_use(path: Path | str, size: int) -> UserError:
+    """The error for a token file that has become shorter since it was opened."""
+    return UserError(
+        f"{path} ends at byte {size:,}, before where it ended when it was opened; was it cut while in use? "
+        f"Put the whole file back, and resume"
+    )
 
 
 def open_tokens(path: Path) -> Tokens:
