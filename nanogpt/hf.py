@@ -11,6 +11,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def save_pretrained(
             save_file(leaves, Path(part) / WEIGHTS, metadata={"format": "pt"})
             for name, value in files.items():
                 (Path(part) / name).write_text(json.dumps(value, indent=2) + "\n")
+            shutil.copymode(Path(part) / CONFIG, Path(part) / WEIGHTS)  # safetensors keeps others out
             for name in (WEIGHTS, *files):
                 (Path(part) / name).replace(folder / name)
     except (OSError, SafetensorError) as error:

@@ -227,6 +227,13 @@ def test_an_export_that_had_no_room_can_be_repeated(tmp_path: Path):
     assert same_bits(load_pretrained(tmp_path)[0], params_of(config))
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path: Path):
+    save_pretrained(tmp_path / "out", params_of(TINY_WORDS), TINY_WORDS, gpt2())
+    (tmp_path / "like_this").touch()
+    modes = {path.stat().st_mode for path in [tmp_path / "like_this", *(tmp_path / "out").iterdir()]}
+    assert len(modes) == 1
+
+
 def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     params = params_of(TINY)
     about = {"config": {"model": dataclasses.asdict(TINY)}, "tokenizer": characters("abc").describe()}
