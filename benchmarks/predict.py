@@ -113,7 +113,7 @@ class PredictConfig:
     batch_size: int = 64
     """Sequences in a microstep, at least 1."""
     total_batch_size: int = 524288
-    """Tokens in a step over all GPUs, at least 1."""
+    """Tokens in a step over all GPUs, at least 16384: a sequence for each GPU of the largest machine."""
     measured: Path | None = None
     """JSON of `benchmarks.throughput` or `benchmarks.peers` on one A100 or H100, or a report with one; its
     rate stands beside the prediction."""
@@ -121,7 +121,9 @@ class PredictConfig:
     """Leave out the memory of several GPUs, whose dry runs take a minute."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, batch_size=self.batch_size, total_batch_size=self.total_batch_size)
+        require_at_least(1, batch_size=self.batch_size)
+        gpus = max(machine.count for machine in MACHINES.values())
+        require_at_least(gpus * GPT2Config.block_size, total_batch_size=self.total_batch_size)
 
 
 def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:
@@ -211,7 +213,7 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
     """Published, predicted and (if given) measured rows."""
     model = GPT2Config.named("gpt2")
     predicted = predictions(config, model)
-    errors = error_on_published(predicted)
+    errors = error_on_published(predictions(PredictConfig(), model))  # their batches, whatever is asked for
     worst = max(abs(error) for error in errors.values())
     rows = [
         row_of(run.kind, run.who, run.machine, run.tokens_per_second, model, run.source) for run in PUBLISHED
@@ -221,7 +223,7 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
     if config.measured is not None:
         gpu, measured, not_shown = measured_steps(config.measured, model)
         if not not_shown:
-            rows += speed_rows(config, gpu, measured, predicted, model)
+            rows += speed_rows(config, gpu, measured, model)
             memory = [*measured_memory_rows(config, gpu, measured, memory, model), *memory]
     note = f"roofline; off by up to {worst:.0%} on {CALIBRATED_ON}'s published runs"
     rows += [
@@ -278,15 +280,17 @@ def speed_rows(
     config: PredictConfig,
     gpu: str,
     measured: list[dict[str, Any]],
-    predicted: dict[str, float],
     model: GPT2Config,
 ) -> list[dict[str, Any]]:
-    """The fastest row that was measured on one `gpu`, with the model's error on it.
+    """The fastest row that was measured on one `gpu`, with the model's error on the same step.
 
     After it come predictions for several such GPUs, made from this measurement.
     """
-    rate, alone = max(row["tokens_per_second"] for row in measured), f"1x {gpu}"
-    note = f"{config.measured}; the model is off by {predicted[alone] / rate - 1:+.0%}"
+    fastest, alone = max(measured, key=lambda row: row["tokens_per_second"]), f"1x {gpu}"
+    rate, batch_size = fastest["tokens_per_second"], fastest["work"]["batch_size"]
+    tokens = fastest["work"].get("accumulation", 1) * batch_size * model.block_size
+    modelled = tokens / step_s(model, MACHINES[alone], total_batch_size=tokens, batch_size=batch_size)
+    note = f"{config.measured}; the model is off by {modelled / rate - 1:+.0%}"
     rows = [row_of("measured", "ours", alone, rate, model, note)]
     for name, machine in MACHINES.items():
         if machine.gpu == gpu and machine.count > 1:
@@ -343,7 +347,10 @@ def measured_steps(path: Path, model: GPT2Config) -> tuple[str, list[dict[str, A
     rows = [
         row
         for row in rows
-        if "error" not in row and row["work"]["model"] == asdict(model) and row.get("ranks", 1) == 1
+        if "error" not in row
+        and row["work"]["model"] == asdict(model)
+        and row["work"].get("precision") != "float32"  # its peak is another
+        and row.get("ranks", 1) == 1
     ]
     hardware = next(iter(results.values()))["facts"]["hardware"]
     gpu = next((name for name, gpu in GPUS.items() if gpu.sheet == perf.sheet_key(hardware)), "")
@@ -353,7 +360,8 @@ def measured_steps(path: Path, model: GPT2Config) -> tuple[str, list[dict[str, A
             f"{path} is not in the table: it is of {hardware}, and the model knows {' and '.join(GPUS)}"
         )
     elif not rows:
-        not_shown = f"{path} is not in the table: it has no step of GPT-2 124M with 1,024 tokens on one GPU"
+        what = "GPT-2 124M with 1,024 tokens in half precision on one GPU"
+        not_shown = f"{path} is not in the table: it has no step of {what}"
     return gpu, rows, not_shown
 
 

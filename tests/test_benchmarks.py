@@ -370,7 +370,8 @@ def measured_on_an_h100(benchmark: str) -> dict[str, Any]:
         {"tokens_per_second": 9e5, "work": gpt2, "ranks": 2},
         {"error": "out of memory"},
     ]
-    found = {"throughput": {"rows": rows}, "peers": {"work": gpt2, "contenders": {"ours": rows[1]}}}
+    peers_of = {"work": rows[1]["work"], "contenders": {"ours": rows[1]}}
+    found = {"throughput": {"rows": rows}, "peers": peers_of}
     return {"benchmark": benchmark, "facts": {"hardware": "NVIDIA H100 80GB HBM3"}} | found[benchmark]
 
 
@@ -396,7 +397,16 @@ def test_a_measured_rate_stands_beside_the_prediction_with_its_error(tmp_path: P
     ("changed", "why"),
     [
         ({"facts": {"hardware": "AMD EPYC"}}, "it is of AMD EPYC, and the model knows A100 and H100"),
-        ({"rows": [{"error": "out of memory"}]}, "it has no step of GPT-2 124M with 1,024 tokens on one GPU"),
+        *(
+            (
+                {"rows": [row]},
+                "it has no step of GPT-2 124M with 1,024 tokens in half precision on one GPU",
+            )
+            for row in (
+                {"error": "out of memory"},
+                {"tokens_per_second": 2e5, "work": asdict(Work(precision="float32", device="cuda"))},
+            )
+        ),
     ],
 )
 def test_a_measurement_that_is_not_in_the_table_is_named(
@@ -417,12 +427,29 @@ def test_several_gpus_are_as_fast_as_one_was_less_what_the_ring_shows(tmp_path: 
     own = {row["machine"]: row for row in rows if row["who"] == "ours"}
     assert {row["kind"] for name, row in own.items() if name != "1x H100"} == {"predicted"}
     assert own["8x H100"]["tokens_per_second"] == pytest.approx(8 * 5e5)
-    # With 1,024 tokens each a backward pass of 1.4 ms hides half of it.
-    config = predict.PredictConfig(measured=path, quick=True, batch_size=1, total_batch_size=8 * 1024)
+    # With 2 x 1,024 tokens each the last backward pass of 1.4 ms hides half of it.
+    config = predict.PredictConfig(measured=path, quick=True, batch_size=1, total_batch_size=16 * 1024)
     own = {row["machine"]: row for row in predict.benchmark(config)["rows"] if row["who"] == "ours"}
-    compute_s, ring_s = 1024 / 5e5, 2 * 7 / 8 * 4 * 124_439_808 / (0.7 * 450e9)
-    expected = 8 * 1024 / (compute_s + ring_s - compute_s * 2 / 3)
+    compute_s, ring_s = 2048 / 5e5, 2 * 7 / 8 * 4 * 124_439_808 / (0.7 * 450e9)
+    expected = 16 * 1024 / (compute_s + ring_s - compute_s / 2 * 2 / 3)
     assert own["8x H100"]["tokens_per_second"] == pytest.approx(expected)
+
+
+def test_the_models_error_is_that_on_the_step_that_ran_whatever_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(measured_on_an_h100("throughput")))
+    usual, other = (
+        predict.benchmark(predict.PredictConfig(measured=path, quick=True, **asked))
+        for asked in ({}, {"batch_size": 1, "total_batch_size": 16 * 1024})
+    )
+    # llm.c: 524,288 tokens over 8 GPUs, whose ring is hidden. Here: a step of 64 x 1,024, with its update.
+    model, h100 = GPT2Config.named("gpt2"), predict.GPUS["H100"]
+    seconds = predict.microstep_s(model, 65_536, h100) + predict.optimizer_s(model, h100)
+    assert usual["model_error"]["llm.c, 8x H100"] == pytest.approx(8 * 65_536 / seconds / (10e9 / 2700) - 1)
+    assert other["model_error"] == usual["model_error"]
+    for result in (usual, other):
+        (note,) = [row["note"] for row in result["rows"] if row["kind"] == "measured"]
+        assert note == f"{path}; the model is off by {65_536 / seconds / 5e5 - 1:+.0%}"
 
 
 def test_a_change_within_the_noise_is_none() -> None:
@@ -1020,10 +1047,14 @@ def test_throughput_has_a_row_for_each_combination() -> None:
                 parts.PartsConfig: ("tokens", "new_tokens", "repeats"),
                 data.DataBenchmark: ("file_bytes", "block_size", "batch_size", "total_batch_size", "rounds"),
                 prepare.PrepareBenchmark: ("megabytes", "rounds"),
-                predict.PredictConfig: ("batch_size", "total_batch_size"),
+                predict.PredictConfig: ("batch_size",),
                 throughput.ThroughputConfig: ("accumulation", "steps"),
             }.items()
             for name in names
+        ),
+        (
+            lambda: predict.PredictConfig(total_batch_size=8192),
+            "total batch size is 8192, expected at least 16384; set --total-batch-size",
         ),
         (
             lambda: throughput.ThroughputConfig(batch_size=(4, 0)),
