@@ -126,7 +126,7 @@ class PredictConfig:
         require_at_least(gpus * GPT2Config.block_size, total_batch_size=self.total_batch_size)
 
 
-def microstep_s(config: GPT2Config, tokens: int, gpu: Gpu) -> float:
+def microstep_s(config: GPT2Config, tokens: float, gpu: Gpu) -> float:
     """Seconds of forward and backward over `tokens` tokens."""
     # Only FLOPs that are really done take time: a causal kernel skips half of attention's.
     flops = (
