@@ -25,7 +25,7 @@ FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
 ENOUGH_FOR_QUARTILES = 10
 SMALLEST_CHANGE_BYTES = 5e6  # what a process's memory varies by itself
 HIGHER_IS_BETTER = ("tokens_per_second", "speedup", "share_of_product")
-WORK_KEYS = ("contender", "work", "layout", "file_bytes", "megabytes")
+WORK_KEYS = ("contender", "work", "mesh", "layout", "file_bytes", "megabytes")
 MEMORY_KEYS = ("memory/steps", "peak_growth_bytes", "peak_bytes")
 
 
@@ -75,7 +75,7 @@ def verdict(path: str, before: dict[str, float], after: dict[str, float]) -> str
     """ "better", "worse" or "same"."""
     count, change = min(before["count"], after["count"]), abs(after["median"] - before["median"])
     smallest = SMALLEST_CHANGE_OF_FEW if count < FEW else SMALLEST_CHANGE
-    if not before["median"] or abs(after["median"] / before["median"] - 1) <= smallest:
+    if change <= smallest * abs(before["median"]):
         return "same"
     if path.endswith(MEMORY_KEYS) and change <= SMALLEST_CHANGE_BYTES:
         return "same"

@@ -258,7 +258,11 @@ def benchmark_sharded(config: ThroughputConfig, here: World) -> dict[str, Any]:
         "benchmark": "throughput",
         "contender": "ours",
         "facts": facts(str(device)),
-        "mesh": {"replicate": shape[0], "shard": shape[1]},
+        "mesh": {
+            "replicate": shape[0],
+            "shard": shape[1],
+            "reshard_after_forward": config.mesh.reshard_after_forward,
+        },
         "rows": with_mfu(rows, peaks),
     }
 
@@ -373,6 +377,10 @@ def table_of(result: dict[str, Any]) -> str:
         )
     notes = [*(f"MFU is of {source}" for source in sorted(sources)), FIRST_STEP]
     notes += [STARTS] if any(row.get("starts") for row in result["rows"]) else []
+    if mesh := result.get("mesh"):
+        gathered = "twice" if mesh["reshard_after_forward"] else "once"
+        layout = f"{mesh['replicate']} replicas x {mesh['shard']} shards"
+        notes.append(f"the state is {layout}, a block's parameters are gathered {gathered}")
     return "\n".join([table(header, rows), *notes])
 
 

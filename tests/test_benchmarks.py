@@ -485,6 +485,9 @@ def test_a_few_megabytes_are_what_a_process_gains_by_itself() -> None:
 
     assert verdict(160e3, 4e6, "readers/pread/peak_growth_bytes") == "same"
     assert verdict(160e3, 7e6, "readers/pread/peak_growth_bytes") == "worse"
+    assert verdict(0, 4e6, "readers/mapped/peak_growth_bytes") == "same"
+    assert verdict(0, 7e6, "readers/mapped/peak_growth_bytes") == "worse"
+    assert verdict(0, 0, "readers/mapped/peak_growth_bytes") == "same"
     assert verdict(3e9, 3.5e9, "rows/1/memory/steps") == "worse"
     assert verdict(3e9, 3.5e9, "rows/tiktoken 2 workers/peak_bytes") == "worse"
     assert verdict(3e6, 4e6, "rows/tiktoken 2 workers/peak_bytes") == "same"
@@ -543,6 +546,8 @@ def test_what_was_not_asked_for_in_the_same_way_is_named() -> None:
         for part, name in ((one, "a"), (other, "b"))
     )
     assert list(compare.other_work(*reports)) == [("parts", "new_tokens 16 and 32")]
+    meshes = ({"benchmark": "throughput", "mesh": {"shard": shards}} for shards in (1, 2))
+    assert list(compare.other_work(*meshes)) == [("throughput", "shard 1 and 2")]
     files = ({"benchmark": "data", "file_bytes": size} for size in (1, 2))
     assert list(compare.other_work(*files)) == [("data", "file_bytes 1 and 2")]
 
@@ -930,7 +935,9 @@ def test_under_torchrun_the_step_is_the_sharded_one() -> None:
     finally:
         dist.destroy_process_group()
     (row,) = result["rows"]
-    assert result["mesh"] == {"replicate": 1, "shard": 1}
+    assert result["mesh"] == {"replicate": 1, "shard": 1, "reshard_after_forward": False}
+    line = "the state is 1 replicas x 1 shards, a block's parameters are gathered once"
+    assert throughput.table_of(result).endswith(line)
     assert len(row["seconds"]) == 2
     assert row["peak_source"].startswith("the sum over 1 ranks; each: measured")
     assert "1 x 128" in throughput.table_of(result)
