@@ -7,7 +7,6 @@ instead. With fewer than five, ranges lie apart by chance too, so the medians mu
 memory peak is a single measurement, and a difference of up to 5 MB does not count.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.measure import finish, one_line_errors, read_json, spread, table
+from benchmarks.measure import finish, one_line_errors, read_json, say, spread, table, whole_results
 from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.units import format_bytes
@@ -100,7 +99,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any
     if not old.keys() & new.keys():
         raise UserError("the two have no number in common: they measured different work; compare equal runs")
     for path in sorted(old.keys() ^ new.keys()):
-        print(f"only in one of them: {path.lstrip('/')}", file=sys.stderr)
+        say(f"only in one of them: {path.lstrip('/')}")
     return [
         {
             "number": path.lstrip("/"),
@@ -117,11 +116,12 @@ def main() -> None:
     with one_line_errors():
         config = parse(CompareConfig)
         before, after = read_json(config.before), read_json(config.after)
-        entries = compare(before, after)
-        if hardware_of(before) != hardware_of(after):
-            print(f"not the same machine: {hardware_of(before)} and {hardware_of(after)}", file=sys.stderr)
-        for name, values in other_work(before, after):
-            print(f"not the same work of {name}: {values}", file=sys.stderr)
+        with whole_results(config.before, config.after):
+            entries = compare(before, after)
+            if hardware_of(before) != hardware_of(after):
+                say(f"not the same machine: {hardware_of(before)} and {hardware_of(after)}")
+            for name, values in other_work(before, after):
+                say(f"not the same work of {name}: {values}")
         rows = [
             [
                 entry["number"],

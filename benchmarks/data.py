@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.measure import facts, finish, one_line_errors, require_at_least, say, spread, table
+from benchmarks.measure import (
+    facts,
+    finish,
+    one_line_errors,
+    require_at_least,
+    say,
+    say_what_quick_leaves_out,
+    spread,
+    table,
+)
 from benchmarks.worker import peak_bytes, reset_peak, resident_bytes
 from nanogpt.command import parse
 from nanogpt.data import (
@@ -68,7 +77,7 @@ class DataBenchmark:
             rounds=self.rounds,
         )
         micro = self.batch_size * self.block_size
-        if self.total_batch_size % micro:
+        if self.total_batch_size % micro and not self.quick:  # whose batches are others
             raise UserError(
                 f"total batch size is {self.total_batch_size:,} tokens, expected a multiple of {micro:,} "
                 f"({self.batch_size} sequences x {self.block_size} tokens); set --total-batch-size, "
@@ -92,7 +101,8 @@ class DataBenchmark:
     @property
     def small(self) -> "DataBenchmark":
         """The same with a file and batches so small that it takes a second."""
-        return replace(self, file_bytes=8 << 20, batch_size=8, total_batch_size=65536, rounds=1)
+        total_batch_size = 64 * self.block_size
+        return replace(self, file_bytes=8 << 20, batch_size=8, total_batch_size=total_batch_size, rounds=1)
 
 
 class Pass(NamedTuple):
@@ -219,6 +229,7 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         config = parse(DataBenchmark, default=DataBenchmark())
+        say_what_quick_leaves_out(config, "file_bytes", "batch_size", "total_batch_size", "rounds")
         config = config.small if config.quick else config
         with tempfile.TemporaryDirectory(prefix="nanogpt-data-") as folder:
             path = config.path
@@ -229,6 +240,11 @@ def main() -> None:
                 write_file(path, config.file_bytes)
             elif not path.is_file() or not path.stat().st_size:
                 raise UserError(f"{path} is no file with tokens in it; set another --path, or leave it out")
+            elif path.stat().st_size % TOKEN_BYTES:
+                raise UserError(
+                    f"{path} has {path.stat().st_size:,} bytes, expected {TOKEN_BYTES} for each token; set "
+                    f"another --path, or leave it out"
+                )
             result = {"benchmark": "data", "facts": facts("cpu")} | measure(path, config)
         print(table_of(result))
         finish(result)

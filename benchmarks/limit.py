@@ -25,6 +25,7 @@ from benchmarks.measure import (
     require_at_least,
     require_at_most,
     say,
+    say_what_quick_leaves_out,
     spread,
     table,
 )
@@ -301,7 +302,9 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        result = benchmark(parse(LimitConfig, default=LimitConfig()))
+        config = parse(LimitConfig, default=LimitConfig())
+        say_what_quick_leaves_out(config, "model", "batch_size", "block_size")
+        result = benchmark(config)
         print(table_of(result))
         finish(result)
 

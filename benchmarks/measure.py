@@ -10,6 +10,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,18 +121,48 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON of a file: all of it, or its last line, as a benchmark prints it."""
     try:
         text = path.read_text().strip()
-        found = json.loads(text if text.startswith("{") else text.splitlines()[-1])
+        found = json.loads(text if text.startswith("{") else text.splitlines()[-1], parse_constant=refuse)
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a result ({error}); give a benchmark's output") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, no result; give a benchmark's output")
-    if "benchmark" not in found:
+    if not isinstance(found.get("benchmark"), str):
         raise UserError(f"{path} names no benchmark, so it is no result of one; give a benchmark's output")
     if found["benchmark"] == "report" and not isinstance(found.get("results"), dict):
         raise UserError(
             f"{path} is a report without results; give another, or run python -m benchmarks.report"
         )
     return found
+
+
+def refuse(constant: str) -> None:
+    """Raises ValueError: no benchmark measures NaN or Infinity."""
+    raise ValueError(f"{constant} is no number")
+
+
+@contextlib.contextmanager
+def whole_results(*paths: Path) -> Iterator[None]:
+    """Raises UserError if a result from one of `paths` lacks a part, or has something else in its place."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        files = " or ".join(map(str, paths))
+        raise UserError(
+            f"{files} is not as a benchmark writes it ({type(error).__name__}: {error}), expected every part "
+            f"of a result; give one that was not edited, or measure again"
+        ) from error
+
+
+def flags_set(config: Any, *names: str) -> str:
+    """Those of a config's fields `names`, as flags, that are not as usual: "--batch-size, --starts"."""
+    values, usual = asdict(config), asdict(type(config)())
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names) if values[name] != usual[name])
+
+
+def say_what_quick_leaves_out(config: Any, *names: str) -> None:
+    """Names the flags that are not used because of --quick; nothing if none of them was set."""
+    if config.quick and (unused := flags_set(config, *names)):
+        say(f"--quick has sizes of its own, so {unused} is not used")
 
 
 def require_at_least(least: int, **values: int | tuple[int, ...] | None) -> None:

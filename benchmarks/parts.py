@@ -24,6 +24,7 @@ from benchmarks.measure import (
     one_line_errors,
     require_at_least,
     say,
+    say_what_quick_leaves_out,
     spread,
     table,
 )
@@ -225,7 +226,9 @@ def table_of(result: dict[str, Any]) -> str:
 
 def main() -> None:
     with one_line_errors():
-        result = benchmark(parse(PartsConfig, default=PartsConfig()))
+        config = parse(PartsConfig, default=PartsConfig())
+        say_what_quick_leaves_out(config, "model")
+        result = benchmark(config)
         print(table_of(result))
         finish(result)
 

@@ -27,6 +27,7 @@ from benchmarks.measure import (
     require_at_most,
     require_some,
     say,
+    say_what_quick_leaves_out,
     spread,
     table,
     versions_line,
@@ -302,6 +303,9 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         config = parse(PeersConfig, default=PeersConfig())
+        say_what_quick_leaves_out(
+            config, "model", "batch_size", "block_size", "accumulation", "all_keep_memory"
+        )
         work = work_of(config)
         say(f"{', '.join(contenders_of(config))}: {work}")
         result = compare(config)

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from benchmarks import dry_run
 from benchmarks.contenders import Work
-from benchmarks.measure import facts, finish, one_line_errors, read_json, require_at_least, table
+from benchmarks.measure import (
+    facts,
+    finish,
+    one_line_errors,
+    read_json,
+    require_at_least,
+    table,
+    whole_results,
+)
 from nanogpt import perf
 from nanogpt.command import parse
 from nanogpt.errors import UserError
@@ -218,13 +226,13 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
     rows = [
         row_of(run.kind, run.who, run.machine, run.tokens_per_second, model, run.source) for run in PUBLISHED
     ]
-    memory = memory_rows(model, config.batch_size, quick=config.quick)
-    not_shown = None
-    if config.measured is not None:
-        gpu, measured, not_shown = measured_steps(config.measured, model)
-        if not not_shown:
-            rows += speed_rows(config, gpu, measured, model)
-            memory = [*measured_memory_rows(config, gpu, measured, memory, model), *memory]
+    not_shown, own_memory = None, []
+    if config.measured is not None:  # before the dry runs, for which a mistake should not wait
+        with whole_results(config.measured):
+            gpu, measured, not_shown = measured_steps(config.measured, model)
+            if not not_shown:
+                rows += speed_rows(config, gpu, measured, model)
+                own_memory = measured_memory_rows(config, gpu, measured, model)
     note = f"roofline; off by up to {worst:.0%} on {CALIBRATED_ON}'s published runs"
     rows += [
         row_of("predicted", "model, any trainer", name, rate, model, note) for name, rate in predicted.items()
@@ -235,7 +243,7 @@ def benchmark(config: PredictConfig) -> dict[str, Any]:
         "config": asdict(config) | {"measured": str(config.measured) if config.measured else None},
         "rows": rows,
         "model_error": errors,
-        "memory": memory,
+        "memory": [*own_memory, *memory_rows(model, config.batch_size, quick=config.quick)],
         "not_shown": not_shown,
     }
 
@@ -307,10 +315,9 @@ def measured_memory_rows(
     config: PredictConfig,
     gpu: str,
     measured: list[dict[str, Any]],
-    memory: list[dict[str, Any]],
     model: GPT2Config,
 ) -> list[dict[str, Any]]:
-    """The peak that was measured on one `gpu` for the same steps as in `memory`, with the formula's error."""
+    """The peak that was measured on one `gpu` for the step that `memory_rows` predicts, with its error."""
     wanted = asdict(Work(model=model, batch_size=config.batch_size, device="cuda"))
     peaks = [
         row["memory"]["steps"]
@@ -319,6 +326,7 @@ def measured_memory_rows(
     ]
     if not peaks:
         return []
+    memory = memory_rows(model, config.batch_size, quick=True)
     alone = next(row for row in memory if row["machine"] == f"1x {gpu}")
     note = f"{config.measured}; the formula is off by {alone['total_bytes'] / max(peaks) - 1:+.1%}"
     return [alone | {"kind": "measured", "kinds": {}, "total_bytes": max(peaks), "note": note}]

@@ -30,6 +30,7 @@ from benchmarks.measure import (
     one_line_errors,
     require_at_least,
     say,
+    say_what_quick_leaves_out,
     spread,
     table,
     versions_line,
@@ -221,6 +222,7 @@ def table_of(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         config = parse(PrepareBenchmark, default=PrepareBenchmark())
+        say_what_quick_leaves_out(config, "megabytes", "workers", "rounds")
         config = config.small if config.quick else config
         engines = ["tiktoken"] + (["fastokens"] if choose_engine("auto", "gpt2") == "fastokens" else [])
         texts = list(repeated(source_texts(config.source), config.megabytes * 1_000_000))

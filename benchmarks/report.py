@@ -12,12 +12,22 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import data, limit, parts, peers, predict, prepare, sharding, throughput
-from benchmarks.measure import choose_device, facts, finish, one_line_errors, read_json, require_some, say
+from benchmarks.measure import (
+    choose_device,
+    facts,
+    finish,
+    flags_set,
+    one_line_errors,
+    read_json,
+    require_some,
+    say,
+    whole_results,
+)
 from benchmarks.pictures import pictures_of
 from nanogpt.command import parse
 from nanogpt.errors import UserError
@@ -105,7 +115,7 @@ class ReportConfig:
     arguments: tuple[str, ...] = ()
     """Benchmarks with other arguments than their usual ones: --arguments "peers --batch-size 1"."""
     render: Path | None = None
-    """Only write the pages again, from this JSON."""
+    """Only write the pages again, from this JSON and beside it."""
     device: str | None = None
     """cpu or cuda; None takes the GPU if there is one."""
     quick: bool = False
@@ -127,6 +137,11 @@ class ReportConfig:
                 raise UserError(
                     f"{text!r} is not one command ({error}), expected quotes in pairs; set --arguments"
                 ) from error
+        if self.render is not None and (others := flags_set(self, *(asdict(self).keys() - {"render"}))):
+            raise UserError(
+                f"--render with {others}, expected it alone, since it writes the pages of its JSON again, "
+                f"beside it; leave the others out, or render a copy"
+            )
 
     @property
     def own_arguments(self) -> dict[str, str]:
@@ -159,7 +174,7 @@ def read_report(path: Path) -> dict[str, Any]:
             f"{path} is a result of {found['benchmark']}, expected that of "
             f"benchmarks.report; set another --render or --name"
         )
-    if "facts" not in found:
+    if not isinstance(found.get("facts"), dict):
         raise UserError(f"{path} does not say where it was measured; set another --render or --name")
     return found
 
@@ -348,6 +363,13 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def rendered(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The report at `path`, and its three files, written again. Raises UserError if it is damaged."""
+    report = read_report(path)
+    with whole_results(path):
+        return report, write(report, path.parent, path.stem)
+
+
 def failures_of(report: dict[str, Any], names: tuple[str, ...]) -> list[str]:
     """Those of the benchmarks `names` that failed."""
     return [name for name in names if "error" in report["results"][name]]
@@ -357,12 +379,12 @@ def main() -> None:
     with one_line_errors():
         config = parse(ReportConfig, default=ReportConfig())
         if config.render is not None:
-            report, name, folder = read_report(config.render), config.render.stem, config.render.parent
+            report, paths = rendered(config.render)
         else:
             about, folder = facts(choose_device(config.device)), config.out
             name = config.name or name_of(about, quick=config.quick)
             report = measure(config, about, folder / f"{name}.json")
-        paths = write(report, folder, name)
+            paths = write(report, folder, name)
         for path in paths:
             print(f"wrote {path}")
         finish(report)

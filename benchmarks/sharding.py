@@ -17,7 +17,15 @@ import torch
 
 from benchmarks import dry_run
 from benchmarks.contenders import Work
-from benchmarks.measure import facts, finish, one_line_errors, say, spread, table
+from benchmarks.measure import (
+    facts,
+    finish,
+    one_line_errors,
+    say,
+    say_what_quick_leaves_out,
+    spread,
+    table,
+)
 from benchmarks.ranks import Layout, started
 from nanogpt import perf
 from nanogpt.command import parse
@@ -269,6 +277,7 @@ def memory_table(result: dict[str, Any]) -> str:
 def main() -> None:
     with one_line_errors():
         config = parse(ShardingConfig, default=ShardingConfig())
+        say_what_quick_leaves_out(config, "turns", "saves")
         result = benchmark(config)
         print(table_of(result))
         finish(result)

@@ -27,6 +27,7 @@ from benchmarks.measure import (
     require_at_most,
     require_some,
     say,
+    say_what_quick_leaves_out,
     spread,
     table,
 )
@@ -44,6 +45,8 @@ from nanogpt.units import format_bytes
 
 CUDA_TURNS = 5
 TINY = GPT2Config(vocab_size=2048, block_size=128, n_layer=1, n_head=4, n_embd=128)
+SIZES = ("model", "batch_size", "block_size", "accumulation", "precision", "attention", "compile", "starts")
+"""Fields that --quick leaves out, since it has one work of its own."""
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 STARTS = """\
 cold and warm: from torch's import to the end of a first step in a new process, with an empty compile cache,
@@ -336,6 +339,8 @@ def run_as_rank(here: World) -> None:
     """This process's side of a torchrun job; rank 0 prints."""
     with Team(here) as team:
         config = team.together(lambda: check_sharded(parse(ThroughputConfig, default=ThroughputConfig())))
+        if here.rank == 0:
+            say_what_quick_leaves_out(config, *SIZES)
         device_type = choose_device(config.device)
         with team.connected(device_type, timeout_s=COLLECTIVE_LIMIT_S):
             result = benchmark_sharded(replace(config, device=device_type), here)
@@ -391,6 +396,7 @@ def main() -> None:
             run_as_rank(here)
             return
         config = check_alone(parse(ThroughputConfig, default=ThroughputConfig()))
+        say_what_quick_leaves_out(config, *SIZES)
         result = benchmark(config)
         print(table_of(result))
         finish(result)

@@ -270,16 +270,25 @@ def test_a_file_of_too_few_batches_is_not_even_written(
             r"error: a file of 1000000\.0 TB has no room in \S+, which has \S+ \w+ free; set a smaller ",
         ),
         (
+            "--quick --path {odd}",
+            r"error: \S+/odd has 3 bytes, expected 2 for each token; set another --path, or leave it out",
+        ),
+        (
             "--path nowhere",
             "error: nowhere is no file with tokens in it; set another --path, or leave it out",
         ),
     ],
 )
 def test_a_file_that_cannot_be_there_is_a_sentence(
-    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "odd").write_bytes(b"abc")
     monkeypatch.setattr(data, "write_file", lambda path, size: pytest.fail("written"))
-    monkeypatch.setattr(sys, "argv", ["data", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["data", *flags.format(odd=tmp_path / "odd").split()])
     with pytest.raises(SystemExit, match="2"):
         data.main()
     assert re.match(message, capsys.readouterr().err)
@@ -589,11 +598,82 @@ def test_a_file_without_the_result_names_the_command_that_makes_it(tmp_path: Pat
     for text, message in {
         "[1]": "json holds a list, no result; give a benchmark's output",
         '{"tokens": 5}': "json names no benchmark, so it is no result of one; give a benchmark's output",
+        '{"benchmark": ["data"]}': "json names no benchmark, so it is no result of one; give a benchmark's",
+        '{"benchmark": "data", "loss": NaN}': r"json cannot be read as a result \(NaN is no number\); give",
         '{"benchmark": "report", "results": []}': "json is a report without results; give another",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             predict.benchmark(config)
+
+
+def test_a_damaged_result_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = report.REPORTS / "gpu-nvidia-h100-80gb-hbm3.json"
+    found = json.loads(whole.read_text())
+    peers_of = found["results"]["peers"]
+    for name, results in {
+        "limit": {"limit": peers_of},
+        "peers": {"peers": peers_of | {"work": 5}},
+        "no_work": found["results"] | {"predict": None},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found | {"results": results}))
+    for program, flags, whose, why in (
+        (report, f"--render {tmp_path}/limit.json", "limit.json", "KeyError: 'floor'"),
+        (predict, f"--quick --measured {tmp_path}/peers.json", "peers.json", "TypeError: 'int' object"),
+        (
+            compare,
+            f"{whole} {tmp_path}/no_work.json",
+            f"{whole} or {tmp_path}/no_work.json",
+            "AttributeError: ",
+        ),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *flags.split()])
+        with pytest.raises(SystemExit, match="2"):
+            program.main()
+        assert f"{whose} is not as a benchmark writes it ({why}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["limit.json", "no_work.json", "peers.json"]
+
+
+def test_a_mistake_in_a_measured_file_does_not_wait_for_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "plan", lambda *_: pytest.fail("planned"))
+    with pytest.raises(UserError, match="nowhere cannot be read as a result"):
+        predict.benchmark(predict.PredictConfig(measured=Path("nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "next_function", "unused"),
+    [
+        (throughput, "--batch-size 3 --starts --steps 2", "benchmark", "--batch-size, --starts"),
+        (peers, "--turns 2 --all-keep-memory", "compare", "--all-keep-memory"),
+        (limit, "--block-size 128 --model gpt2-xl", "benchmark", "--block-size, --model"),
+        (parts, "--model gpt2-xl", "benchmark", "--model"),
+        (data, "--rounds 3 --block-size 128", "write_file", "--rounds"),
+        (prepare, "--workers 1", "source_texts", "--workers"),
+        (sharding, "--turns 3", "benchmark", "--turns"),
+        (sharding, "--shard 3", "benchmark", ""),
+    ],
+)
+def test_quick_says_what_it_does_not_use(
+    program: ModuleType,
+    flags: str,
+    next_function: str,
+    unused: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, next_function, stop)
+    for quick in (["--quick"], []):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *quick, *flags.split()])
+        with pytest.raises(SystemExit, match="130"):
+            program.main()
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--quick")]
+        expected = f"--quick has sizes of its own, so {unused} is not used"
+        assert said == ([expected] if quick and unused else [])
 
 
 def test_the_rate_of_another_contender_is_not_taken_for_ours(tmp_path: Path) -> None:
@@ -1147,6 +1227,10 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         ),
         (lambda: choose_device("gpu"), "device is 'gpu', expected cpu or cuda"),
         (
+            lambda: report.ReportConfig(render=Path("a.json"), out=Path("b"), only=("data",)),
+            "--render with --only, --out, expected it alone, since it writes .*; leave the others out, or ",
+        ),
+        (
             lambda: report.ReportConfig(only=("all",)),
             "no benchmark is called 'all', expected some of throughput",
         ),
@@ -1224,9 +1308,10 @@ def test_a_quick_run_is_of_the_file_that_it_is_given() -> None:
         block_size=64,
         file_bytes=8 << 20,
         batch_size=8,
-        total_batch_size=65536,
+        total_batch_size=64 * 64,
         rounds=1,
     )
+    assert data.DataBenchmark(quick=True, block_size=100).small.spec.sequences == 64
     assert prepare.PrepareBenchmark(source=path).small.source == path
 
 
