@@ -134,7 +134,7 @@ def compare(config: PeersConfig) -> dict[str, Any]:
             # Whoever comes first changes with the turn, so that nobody always follows the same one.
             for name in entrants[turn % len(entrants) :] + entrants[: turn % len(entrants)]:
                 if name == PRODUCT:
-                    rates.append(bare_product_rate(work))
+                    rates.append(bare_product_rate(work, peak))
                 elif taken := field.ask(name, "turn", steps):
                     times[name].append(spread(taken.seconds).median)
                     losses[name] = taken.loss
@@ -193,12 +193,15 @@ class Field:
             return None
 
 
-def bare_product_rate(work: Work) -> float:
-    """FLOP/s of a product that is repeated for as many FLOPs as a step has.
+def bare_product_rate(work: Work, peak: float) -> float:
+    """FLOP/s of a product that is repeated for as many FLOPs as a step has, by a device of `peak` FLOP/s.
 
-    Stops after 30 s, since some CPUs emulate a precision slowly.
+    Stops after 30 s, and has fewer rows if one product would take a tenth of that, since some CPUs emulate a
+    precision slowly.
     """
     (m, k, n), dtype = PRODUCT_SHAPE, DTYPES[work.precision]
+    while m > 1 and 2 * m * k * n > peak * PRODUCT_LIMIT_S / 10:
+        m //= 2
     x, weight = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
     out = x @ weight  # starts its threads and touches its pages
     wanted, done, begin = step_flops(work), 0, time.perf_counter()

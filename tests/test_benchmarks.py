@@ -87,19 +87,24 @@ def test_a_ratio_is_of_the_same_turn_and_mfu_of_the_peak() -> None:
     assert row["share_of_product"] is None
 
 
-@pytest.mark.parametrize(("a_look_s", "products"), [(1.0, 4), (20.0, 1)])
+@pytest.mark.parametrize(
+    ("a_look_s", "products", "peak", "rows"), [(1.0, 4, 1e9, 4), (20.0, 1, 1e9, 4), (1.0, 8, 8.0, 2)]
+)
 def test_a_bare_product_does_as_many_flops_as_a_step_or_stops_after_30_s(
-    a_look_s: float, products: int, monkeypatch: pytest.MonkeyPatch
+    a_look_s: float, products: int, peak: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a clock that goes on by so much at each look: before, with each product, at the end."""
+    """With a clock that goes on by so much at each look: before, with each product, at the end.
+
+    Where one product would take 6 s, it has half as many rows.
+    """
     done, looks = [], itertools.count()
     monkeypatch.setattr(peers, "PRODUCT_SHAPE", (4, 2, 3))
     monkeypatch.setattr(peers, "step_flops", lambda work: 4 * 48)
     monkeypatch.setattr(torch, "mm", lambda *factors, out: done.append(out))
     monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=lambda: a_look_s * next(looks)))
-    rate = peers.bare_product_rate(WORK)
-    assert len(done) == products
-    assert rate == pytest.approx(products * 48 / (a_look_s * (next(looks) - 1)))
+    rate = peers.bare_product_rate(WORK, peak)
+    assert [out.shape for out in done] == products * [(rows, 3)]
+    assert rate == pytest.approx(products * 12 * rows / (a_look_s * (next(looks) - 1)))
 
 
 def test_the_floor_adds_up_by_hand() -> None:
