@@ -92,9 +92,9 @@ def draw_speed(axes: Axes, result: Result) -> None:
     for label, points in lines.items():
         sizes = [size for size, _ in points]
         rates = [row["tokens_per_second"] for _, row in points]
-        tokens = [size * row["work"]["model"]["block_size"] for size, row in points]
-        slowest = [count / row["step_s"]["max"] for (_, row), count in zip(points, tokens, strict=True)]
-        fastest = [count / row["step_s"]["min"] for (_, row), count in zip(points, tokens, strict=True)]
+        spreads = [row["step_s"] for _, row in points]
+        slowest = [rate * step["median"] / step["max"] for rate, step in zip(rates, spreads, strict=True)]
+        fastest = [rate * step["median"] / step["min"] for rate, step in zip(rates, spreads, strict=True)]
         (line,) = axes.plot(sizes, rates, marker="o", label=label)
         axes.vlines(sizes, slowest, fastest, linewidth=1, alpha=0.6, color=line.get_color())
     measured = sorted({size for points in lines.values() for size, _ in points})

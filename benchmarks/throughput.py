@@ -359,7 +359,8 @@ def table_of(result: dict[str, Any]) -> str:
         cells = [
             f"{model['n_layer']} x {model['n_embd']}",
             str(row.get("ranks", 1)),
-            f"{work['batch_size']} x {model['block_size']}",
+            f"{work['batch_size']} x {model['block_size']}"
+            + (f" x {work['accumulation']}" if work["accumulation"] > 1 else ""),
             work["precision"],
             work["attention"],
             "yes" if work["compile"] else "no",
@@ -380,7 +381,9 @@ def table_of(result: dict[str, Any]) -> str:
                 *(f"{starts[name]:.1f}" if name in starts else "" for name in ("cold_s", "warm_s")),
             ]
         )
-    notes = [*(f"MFU is of {source}" for source in sorted(sources)), FIRST_STEP]
+    several = any(row["work"]["accumulation"] > 1 for row in result["rows"])
+    notes = ["B x T x the microsteps of a step"] if several else []
+    notes += [*(f"MFU is of {source}" for source in sorted(sources)), FIRST_STEP]
     notes += [STARTS] if any(row.get("starts") for row in result["rows"]) else []
     if mesh := result.get("mesh"):
         gathered = "twice" if mesh["reshard_after_forward"] else "once"

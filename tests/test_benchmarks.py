@@ -782,6 +782,27 @@ def test_a_table_names_the_versions_of_others_where_they_are_known() -> None:
     )
 
 
+def test_a_range_in_the_picture_is_of_the_steps_of_the_rate_in_its_middle() -> None:
+    axes = Figure().subplots()
+    row = throughput.row_of(WORK, [2.0, 3.0, 6.0], {"steps": 1, "whole": 2}, 3.0, ranks=2)
+    pictures.draw_speed(axes, {"rows": [row]})
+    tokens = 2 * WORK.accumulation * WORK.batch_size * TINY.block_size
+    assert row["tokens_per_second"] == tokens / 3.0
+    ((_, slowest), (_, fastest)) = axes.collections[0].get_paths()[0].vertices
+    assert (slowest, fastest) == pytest.approx((tokens / 6.0, tokens / 2.0))
+
+
+def test_a_table_shows_several_microsteps() -> None:
+    rows = [
+        throughput.row_of(replace(WORK, accumulation=count), [2.0], {"steps": 1, "whole": 2}, 3.0)
+        for count in (1, 4)
+    ]
+    rows = throughput.with_mfu(rows, {WORK.precision: (1e9, "a peak")})
+    _, _, one, four, *_ = throughput.table_of({"rows": rows}).splitlines()
+    assert "  2 x 16  " in one
+    assert " 2 x 16 x 4 " in four
+
+
 def test_a_picture_tells_models_and_precisions_apart() -> None:
     rows = [
         throughput.row_of(replace(WORK, **changed), [2.0], {"steps": 1, "whole": 2}, 3.0)
