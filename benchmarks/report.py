@@ -28,7 +28,7 @@ from benchmarks.measure import (
     say,
     whole_results,
 )
-from benchmarks.pictures import pictures_of
+from benchmarks.pictures import has_rows, pictures_of
 from nanogpt.command import parse
 from nanogpt.errors import UserError
 from nanogpt.units import format_bytes
@@ -371,8 +371,9 @@ def rendered(path: Path) -> tuple[dict[str, Any], list[Path]]:
 
 
 def failures_of(report: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Those of the benchmarks `names` that failed."""
-    return [name for name in names if "error" in report["results"][name]]
+    """Those of the benchmarks `names` that failed, or none of whose rows could be measured."""
+    results = {name: report["results"][name] for name in names}
+    return [name for name, result in results.items() if "error" in result or not has_rows(result)]
 
 
 def main() -> None:

@@ -530,6 +530,9 @@ def test_a_report_of_failures_is_a_page() -> None:
     assert "commit 0123456789ab+" in page
     assert "commit 0123456789ab+" in text
     assert "<svg" not in page
+    assert report.failures_of(written, ("throughput",)) == ["throughput"]
+    result["rows"] = [row, throughput.row_of(WORK, [2.0], {"steps": 1, "whole": 2}, 3.0)]
+    assert report.failures_of(written, ("throughput",)) == []
 
 
 def test_rows_are_compared_by_their_work_wherever_they_stand() -> None:
