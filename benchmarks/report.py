@@ -286,11 +286,12 @@ def hardware_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     about = report["facts"]
     memory = format_bytes(about["memory_bytes"])
     is_gpu = about["device"] == "cuda"
+    slow = "no" if is_gpu else "no: everything here is in float32"  # such a GPU may have trained in float16
     versions = f", driver {about['driver'] or 'unknown'}, CUDA {about['cuda']}" if is_gpu else ""
     return [
         ("hardware", f"{about['hardware']}, {about['cores']} CPU cores, {memory}"),
         ("device", about["device"] + versions),
-        ("fast bfloat16", "yes" if about["bf16_fast"] else "no: everything here is in float32"),
+        ("fast bfloat16", "yes" if about["bf16_fast"] else slow),
         ("versions", f"torch {about['torch']}, Python {about['python']}, {about['system']}"),
         ("commit", str(about["commit"])),
         ("date", about["date"]),

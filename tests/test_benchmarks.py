@@ -1383,6 +1383,12 @@ def test_a_report_names_the_driver_and_the_cuda_that_torch_was_built_with() -> N
         assert rows["device"] == f"cuda, driver {said}, CUDA 13.0"
 
 
+def test_a_gpu_without_fast_bfloat16_is_not_said_to_train_in_float32() -> None:
+    for device, said in (("cpu", "no: everything here is in float32"), ("cuda", "no")):
+        about = facts("cpu") | {"device": device, "driver": None, "cuda": "13.0", "bf16_fast": False}
+        assert dict(report.hardware_rows({"facts": about}))["fast bfloat16"] == said
+
+
 def test_a_spread_and_a_table() -> None:
     assert spread([3.0, 1.0, 2.0])._asdict() == dict(median=2.0, min=1.0, max=3.0, low=1.5, high=2.5, count=3)
     assert table(["a", "bb"], [["x", "1"], ["yy", "22"]]) == "a   bb\n--  --\nx    1\nyy  22"
