@@ -83,6 +83,17 @@ def laid_out_as(leaf: Tensor, like: Tensor) -> Tensor:
     return leaf.redistribute(placements=like.placements)
 
 
+def added_up(leaf: Tensor) -> Tensor:
+    """`leaf` with the sum on every rank where each has only a part of it, as of a norm over sharded rows.
+
+    That layout can neither be saved nor given to another leaf. A collective if the leaf has it.
+    """
+    if not isinstance(leaf, DTensor):
+        return leaf
+    placements = [Replicate() if axis.is_partial() else axis for axis in leaf.placements]
+    return leaf.redistribute(placements=placements)
+
+
 def whole(leaf: Tensor) -> Tensor:
     """All of `leaf` on every rank, partial sums added up; a collective if it is a DTensor."""
     return leaf.full_tensor() if isinstance(leaf, DTensor) else leaf

@@ -66,10 +66,11 @@ def init_state(
     place = functools.partial(sharding.place, mesh=mesh) if mesh else lambda leaf: leaf
     params = init(config, generator, place=place)
     step = torch.zeros((), dtype=torch.int64, device=generator.device)
-    # An optimizer's averaged parameters may start as the parameters themselves. They must not share memory:
-    # a donated step would overwrite both.
-    opt_state = tree.apart(optimizer.init(params), params)
-    return TrainState(step, params, opt_state)
+    opt_state = tree.map(sharding.added_up, optimizer.init(params))
+    # An optimizer's averaged parameters may start as the parameters themselves, or two moments as the same
+    # zeros. They must not share memory: a donated step would overwrite both.
+    own = tree.apart(sharding.local(opt_state), sharding.local(params))
+    return TrainState(step, params, tree.map(sharding.wrap, own, opt_state))
 
 
 def make_train_step(

@@ -83,9 +83,17 @@ def join(tree: Tree, params: dict[str, Any], parts: dict[str, Tree], rest: Tree)
 
 
 def apart(tree: Tree, other: Tree) -> Tree:
-    """`tree` with a copy of each leaf that is also a leaf of `other`."""
-    others = {id(leaf) for leaf in leaves(other)}
-    return map(lambda leaf: leaf.clone() if id(leaf) in others else leaf, tree)
+    """`tree` with a copy of each leaf that shares memory with one of `other`, or with an earlier one."""
+    taken = {_memory_of(leaf) for leaf in leaves(other)}
+
+    def own(leaf: Any) -> Any:
+        memory = _memory_of(leaf)
+        if memory is not None and memory in taken:
+            return leaf.clone()
+        taken.add(memory)
+        return leaf
+
+    return map(own, tree)
 
 
 def hands_on(old: Tree, new: Tree) -> bool:
@@ -174,6 +182,15 @@ def diff(got: Tree, expected: Tree) -> list[str]:
         if name in have and _describe(have[name]) != _describe(leaf)
     ]
     return missing + extra + wrong
+
+
+def _memory_of(leaf: Any) -> int | None:
+    """Which memory the leaf's values are in; a view has that of its base, and what is no tensor has none."""
+    if not isinstance(leaf, Tensor):
+        return None
+    while is_functorch_wrapped_tensor(leaf):
+        leaf = get_unwrapped(leaf)
+    return leaf.untyped_storage()._cdata
 
 
 def _describe(leaf: Any) -> str:

@@ -34,9 +34,11 @@ def make_update(optimizer: Transform, *, donate: bool, compile: bool) -> Update:
         new = tree.map(sharding.laid_out_as, new, (params, opt_state))
         if not donate:
             return new
+        own, own_new = sharding.local((params, opt_state)), sharding.local(new)
         if not torch.compiler.is_compiling():  # an old leaf that moved to another place is copied first
-            new = tree.apart(new, (params, opt_state))
-        return tree.overwrite((params, opt_state), new)
+            own_new = tree.apart(own_new, own)
+        tree.overwrite(own, own_new)
+        return params, opt_state
 
     return update
 

@@ -221,15 +221,25 @@ ADAMW = optim.chain(optim.clip_by_global_norm(0.3), optim.adamw(SCHEDULE, weight
 
 
 def normalized() -> Transform:
-    """Momentum in steps of one length, which no part of the tree knows, and none for the embeddings."""
+    """Momentum in steps of one length, which no part of the tree knows, and none for the embeddings.
 
-    def update(updates: Params, mu: Params, params: Params) -> tuple[Params, Params]:
+    It goes on in the direction of the step before, whose parameters its state is handed, and a leaf's rate is
+    its average norm, which starts as a sum of which each rank has a part.
+    """
+
+    def init(params: Params) -> Any:
+        return [tree.map(torch.zeros_like, params), params, tree.map(torch.norm, params)]
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        mu, before, norms = state
         mu = tree.map(lambda m, g: 0.9 * m + g, mu, updates)
+        norms = tree.map(lambda n, p: 0.5 * (n + torch.norm(p)), norms, params)
         norm = tree.global_norm(mu)
-        rates = {name: 0.0 if name == "wpe.weight" else -0.3 for name in mu}
-        return tree.map(lambda m, rate: rate * m / norm, mu, rates), mu
+        rates = {name: 0.0 if name == "wpe.weight" else -0.1 * norms[name] for name in mu}
+        updates = tree.map(lambda m, rate, p, b: rate * m / norm + 0.5 * (p - b), mu, rates, params, before)
+        return updates, [mu, params, norms]
 
-    return Transform(lambda params: tree.map(torch.zeros_like, params), update)
+    return Transform(init, update)
 
 
 def fork(folder: Path, name: str, rank: int) -> int:

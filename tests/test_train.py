@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +15,7 @@ import torch
 from reference import hugging_face, hugging_face_loss
 from torch import Tensor
 
-from nanogpt import model, perf, tree
+from nanogpt import model, optim, perf, tree
 from nanogpt.attention import Attention
 from nanogpt.data import Batch
 from nanogpt.errors import UserError
@@ -211,19 +211,36 @@ def test_a_step_returns_a_new_state_and_leaves_the_old_one_alone():
     assert not any(leaf.data_ptr() in old for leaf in tree.leaves(new_state))
 
 
-def test_an_average_that_starts_as_the_parameters_has_memory_of_its_own():
+def check_donation(optimizer: Transform) -> None:
+    """Steps that write over the state have the numbers of steps that leave it alone."""
+    states = []
+    for donate in (False, True):
+        step = make_train_step(TINY, optimizer, precision="float32", compile=False, donate=donate)
+        states.append(run_steps(step, start(optimizer), [batch_of(step) for step in range(3)])[0])
+    assert same_bits(*states)
+
+
+@pytest.mark.parametrize("view", [lambda leaf: leaf, Tensor.detach], ids=["itself", "a view"])
+def test_an_average_that_starts_as_the_parameters_has_memory_of_its_own(view: Callable[[Tensor], Tensor]):
     def update(updates: Any, average: Any, params: Any) -> Any:
         return tree.map(lambda g: -0.1 * g, updates), tree.map(
             lambda a, p: 0.9 * a + 0.1 * p, average, params
         )
 
-    average = Transform(lambda params: params, update)
-    losses = []
-    for donate in (False, True):
-        step = make_train_step(TINY, average, precision="float32", compile=False, donate=donate)
-        _, metrics = run_steps(step, start(average), [batch_of(step) for step in range(3)])
-        losses.append([float(each["loss"]) for each in metrics])
-    assert losses[0] == losses[1]
+    check_donation(Transform(lambda params: tree.map(view, params), update))
+
+
+def test_moments_that_start_as_the_same_zeros_have_memory_of_their_own():
+    def init(params: Any) -> Any:
+        zeros = tree.map(torch.zeros_like, params)
+        return zeros, zeros
+
+    def update(updates: Any, moments: Any, params: Any, numbers: Any) -> Any:
+        first = tree.map(lambda m, g: 0.9 * m + g, moments[0], updates)
+        second = tree.map(lambda v, g: 0.9 * v + g * g, moments[1], updates)
+        return tree.map(lambda m, v: -0.01 * m / (v.sqrt() + 1e-3), first, second), (first, second)
+
+    check_donation(optim.elementwise(init, update))
 
 
 def test_an_optimizer_without_a_state_trains():

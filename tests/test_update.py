@@ -1,5 +1,6 @@
 """An optimizer applied leaf by leaf is the optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,22 +72,25 @@ def test_an_update_is_the_optimizers_on_the_whole_tree(name: str, donate: bool) 
     assert all(map(torch.equal, tree.leaves(given), tree.leaves(before))) != donate
 
 
-def delayed(params: Params) -> Transform:
+def delayed(params: Params, view: Callable[[Tensor], Tensor]) -> Transform:
     """Descends the last three gradients: hands the one before on to another place of its state."""
 
     def update(updates: Params, state: Any, params: Params) -> Any:
         before, earlier = state
         sums = tree.map(lambda g, b, e: -0.1 * (g + b + e), updates, before, earlier)
-        return sums, (updates, before)
+        return sums, (updates, tree.map(view, before))
 
     zeros = tree.map(torch.zeros_like, params)
     return Transform(lambda params: (zeros, tree.map(torch.zeros_like, zeros)), update)
 
 
-def test_what_is_handed_on_in_the_state_is_read_before_it_is_overwritten() -> None:
+@pytest.mark.parametrize("view", [lambda leaf: leaf, Tensor.detach], ids=["itself", "a view"])
+def test_what_is_handed_on_in_the_state_is_read_before_it_is_overwritten(
+    view: Callable[[Tensor], Tensor],
+) -> None:
     results = []
     for donate in (False, True):
-        optimizer = delayed(params_of())
+        optimizer = delayed(params_of(), view)
         update = make_update(optimizer, donate=donate, compile=False)
         params, opt_state = params_of(), optimizer.init(params_of())
         for step in range(4):
