@@ -109,15 +109,16 @@ def whole_on_first_rank(params: Mapping[str, Tensor]) -> dict[str, Tensor] | Non
     return kept or None
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of every rank's `value`; a collective."""
-    return sum_over_ranks(value) / dist.get_world_size()
+def mean_over_ranks(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The mean of the `value` of every rank of the mesh, whose collective it is."""
+    return sum_over_ranks(value, mesh) / mesh.size()
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of every rank's `value`; a collective."""
+def sum_over_ranks(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The sum of the `value` of every rank of the mesh, whose collective it is."""
     value = value.clone()
-    dist.all_reduce(value)
+    for axis in mesh.get_all_groups():
+        dist.all_reduce(value, group=axis)
     return value
 
 

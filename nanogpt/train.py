@@ -93,7 +93,7 @@ def make_train_step(
     which must not be read again (like `donate_argnums` in JAX). With `compile` the step consists of a few
     graphs, each compiled at its first call and shared by all layers; without, the same code runs eagerly, and
     `torch.compile(step, fullgraph=True)` turns it into a single graph, in minutes. On a `mesh` the state
-    holds DTensors, the batch is this rank's part, and the metrics cover all ranks. Every target has to be an
+    holds DTensors, the batch is this rank's part, and the metrics cover all its ranks. Every target has to be an
     id of the vocabulary. `torch.func.vmap` maps an eager step, over states, batches or settings of
     `optimizer`.
     """
@@ -143,7 +143,7 @@ def make_value_and_grad(
     )
     if mesh is not None:
         bound = bind(config, mesh, precision=precision, reshard_after_forward=reshard_after_forward)
-        return make_sharded_value_and_grad(loss, bound, mesh.get_rank())
+        return make_sharded_value_and_grad(loss, bound, mesh)
     grad_and_value = (taped_grad_and_value if compile else torch.func.grad_and_value)(loss)
 
     def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
@@ -161,7 +161,7 @@ def make_value_and_grad(
     return value_and_grad
 
 
-def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, rank: int) -> ValueAndGrad:
+def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, mesh: DeviceMesh) -> ValueAndGrad:
     """The body of `make_value_and_grad` on a mesh: bind, backward, collect.
 
     `torch.func` sees neither inside DTensors nor the parameters that FSDP2 computes with. Each rank has
@@ -169,7 +169,7 @@ def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, rank: int) ->
     """
 
     def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
-        A, key, total = len(batch.inputs), fold_in(key, rank), torch.zeros_like(scale)
+        A, key, total = len(batch.inputs), fold_in(key, mesh.get_rank()), torch.zeros_like(scale)
         bound.bind(params)
         for a, (inputs, targets) in enumerate(zip(*batch, strict=True)):
             bound.reduce_gradients(a == A - 1)
@@ -177,7 +177,7 @@ def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, rank: int) ->
             value = bound.call(loss, *arguments)
             value.backward()
             total = total + value.detach()
-        return sharding.mean_over_ranks(total) / scale, bound.collect()
+        return sharding.mean_over_ranks(total, mesh) / scale, bound.collect()
 
     return value_and_grad
 
@@ -291,7 +291,7 @@ def make_eval_step(
 ) -> EvalStep:
     """`(params, batch) -> summed loss` by the training step's network, of all targets except those of -100.
 
-    On a `mesh`, `batch` is this rank's part and the sum is over all ranks.
+    On a `mesh`, `batch` is this rank's part and the sum is over all its ranks.
     """
     check_precision(precision)
     dtype, _ = DTYPES[precision], config.skeleton
@@ -332,7 +332,7 @@ def make_eval_step(
     def sharded_eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
         bound.bind(params)
         losses = [bound.call(summed_loss, *part, bound.call_block) for part in zip(*batch, strict=True)]
-        return sharding.sum_over_ranks(torch.stack(losses).sum())
+        return sharding.sum_over_ranks(torch.stack(losses).sum(), mesh)
 
     return sharded_eval_step
 

@@ -75,6 +75,9 @@ class Seen(NamedTuple):
     float16_losses: list[float] | None = None
     custom_losses: list[float] | None = None
     """With an optimizer that has to see the whole tree."""
+    half_losses: list[float] | None = None
+    """On a mesh of half the ranks, beside the other half: of the first batch with the first parameters or,
+    on the second half, with others, and at validation with the first ones."""
     compiled_losses: list[float] | None = None
     graphs: list[int] | None = None
     """Compiled for them, after each of those steps."""
@@ -89,10 +92,12 @@ class Seen(NamedTuple):
 class Ranked:
     """A rank of a layout, that trains."""
 
-    def __init__(self, layout: Layout, rank: int) -> None:
+    def __init__(self, layout: Layout, rank: int, mesh: sharding.DeviceMesh | None = None) -> None:
         size = layout.replicate * layout.shard
         own = SEQUENCES // size
-        self.mesh = sharding.make_mesh("cpu", layout[:2]) if size > 1 else None
+        if mesh is None and size > 1:
+            mesh = sharding.make_mesh("cpu", layout[:2])
+        self.mesh = mesh
         self.process = dict(process_index=rank, process_count=size)
         self.spec = BatchSpec(
             block_size=CONFIG.block_size,
@@ -164,6 +169,9 @@ def see(layout: Layout, rank: int) -> Seen:
         scaled = here.train(optim.dynamic_loss_scale(ADAMW), "float16", 3)
         custom = here.train(normalized(), "float32", 3)
         seen = seen._replace(float16_losses=scaled.losses, custom_losses=custom.losses)
+    if layout == LAYOUTS["2 x 2"]:
+        half = Ranked(Layout(1, 2), rank % 2, here.mesh["shard"])
+        seen = seen._replace(half_losses=losses_of_half(half, is_second=rank >= 2))
     if layout == LAYOUTS["2"]:
         compiled = here.train(ADAMW, "float32", 3, compile=True)
         seen = seen._replace(compiled_losses=compiled.losses, graphs=compiled.graphs)
@@ -186,6 +194,14 @@ def losses_and_grads(here: Ranked, state: TrainState) -> tuple[list[float], Para
     loss, grads = at(state.params)
     changed, _ = at(tree.map(lambda leaf: leaf * 1.5, state.params))
     return [float(loss), float(changed), float(at(state.params)[0])], grads
+
+
+def losses_of_half(half: Ranked, *, is_second: bool) -> list[float]:
+    first = half.start(ADAMW)
+    params = tree.map(lambda leaf: leaf * 1.5, first.params) if is_second else first.params
+    value_and_grad = make_value_and_grad(CONFIG, precision="float32", **half.choices)
+    loss, _ = value_and_grad(params, half.batch(0), torch.tensor(0), torch.ones(()))
+    return [float(loss), half.validate(first)]
 
 
 def leaves_alone(here: Ranked, state: TrainState) -> bool:

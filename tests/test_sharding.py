@@ -143,6 +143,13 @@ def test_an_optimizer_that_sees_the_whole_tree_does_the_same_on_a_mesh(every: Ev
         check_close(rank.custom_losses, every["1"][0].custom_losses, 1e-5)
 
 
+def test_losses_are_those_of_the_ranks_of_the_mesh_whatever_others_compute(every: Every) -> None:
+    (alone,) = every["1"]
+    for index, rank in enumerate(every["2 x 2"]):
+        expected = [alone.changed_losses[index // 2], alone.val_losses[0]]
+        check_close(rank.half_losses, expected, 1e-5)
+
+
 def test_compiled_steps_equal_eager_ones_and_are_compiled_once(every: Every) -> None:
     for rank in every["2"]:
         check_close(rank.compiled_losses, rank.losses[:3], 1e-6)
