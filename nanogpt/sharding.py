@@ -196,6 +196,12 @@ class Bound:
         self._outer.set_requires_gradient_sync(is_last)
         self._outer.set_is_last_backward(is_last)
 
+    def release(self) -> None:
+        """Frees what was gathered for calls without a backward pass, which would have freed it."""
+        for module in (self._outer, *self._blocks):
+            assert isinstance(module, FSDPModule)
+            module.reshard()
+
     def collect(self) -> dict[str, Tensor]:
         """The gradients since the last call, averaged over ranks, as DTensors under the pytree's names."""
         own = dict(self._outer.named_parameters())

@@ -93,7 +93,7 @@ def make_train_step(
     which must not be read again (like `donate_argnums` in JAX). With `compile` the step consists of a few
     graphs, each compiled at its first call and shared by all layers; without, the same code runs eagerly, and
     `torch.compile(step, fullgraph=True)` turns it into a single graph, in minutes. On a `mesh` the state
-    holds DTensors, the batch is this rank's part, and the metrics cover all its ranks. Every target has to be an
+    holds DTensors, the batch is this rank's part, and the metrics cover all ranks. Every target has to be an
     id of the vocabulary. `torch.func.vmap` maps an eager step, over states, batches or settings of
     `optimizer`.
     """
@@ -291,7 +291,7 @@ def make_eval_step(
 ) -> EvalStep:
     """`(params, batch) -> summed loss` by the training step's network, of all targets except those of -100.
 
-    On a `mesh`, `batch` is this rank's part and the sum is over all its ranks.
+    On a `mesh`, `batch` is this rank's part and the sum is over all ranks.
     """
     check_precision(precision)
     dtype, _ = DTYPES[precision], config.skeleton
@@ -332,6 +332,7 @@ def make_eval_step(
     def sharded_eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
         bound.bind(params)
         losses = [bound.call(summed_loss, *part, bound.call_block) for part in zip(*batch, strict=True)]
+        bound.release()
         return sharding.sum_over_ranks(torch.stack(losses).sum(), mesh)
 
     return sharded_eval_step

@@ -79,6 +79,8 @@ class Seen(NamedTuple):
     """On a mesh of half the ranks, beside the other half: of the first batch with the first parameters or,
     on the second half, with others, and at validation with the first ones."""
     compiled_losses: list[float] | None = None
+    gathered_bytes: tuple[int, int] | None = None
+    """Of parameters, whole: most while an evaluation used them, and those left after it."""
     graphs: list[int] | None = None
     """Compiled for them, after each of those steps."""
     whole_leaves: int | None = None
@@ -173,6 +175,7 @@ def see(layout: Layout, rank: int) -> Seen:
         half = Ranked(Layout(1, 2), rank % 2, here.mesh["shard"])
         seen = seen._replace(half_losses=losses_of_half(half, is_second=rank >= 2))
     if layout == LAYOUTS["2"]:
+        seen = seen._replace(gathered_bytes=gathered_bytes(here, first))
         compiled = here.train(ADAMW, "float32", 3, compile=True)
         seen = seen._replace(compiled_losses=compiled.losses, graphs=compiled.graphs)
     if layout == LAYOUTS["4"]:
@@ -202,6 +205,22 @@ def losses_of_half(half: Ranked, *, is_second: bool) -> list[float]:
     value_and_grad = make_value_and_grad(CONFIG, precision="float32", **half.choices)
     loss, _ = value_and_grad(params, half.batch(0), torch.tensor(0), torch.ones(()))
     return [float(loss), half.validate(first)]
+
+
+def gathered_bytes(here: Ranked, state: TrainState) -> tuple[int, int]:
+    """Of parameters, whole: most while an evaluation uses them, and those left after it."""
+    forward, most, gathered = sharding.Held.forward, 0, {}
+
+    def seeing(self: sharding.Held, *arguments: Any) -> Tensor:
+        nonlocal most
+        gathered.update({leaf.data_ptr(): leaf.untyped_storage() for leaf in self.parameters(recurse=False)})
+        most = max(most, sum(storage.nbytes() for storage in gathered.values()))
+        return forward(self, *arguments)
+
+    sharding.Held.forward = seeing
+    here.validate(state)
+    sharding.Held.forward = forward
+    return most, sum(storage.nbytes() for storage in gathered.values())
 
 
 def leaves_alone(here: Ranked, state: TrainState) -> bool:

@@ -150,6 +150,15 @@ def test_losses_are_those_of_the_ranks_of_the_mesh_whatever_others_compute(every
         check_close(rank.half_losses, expected, 1e-5)
 
 
+def test_an_evaluation_leaves_no_gathered_parameters_behind(every: Every) -> None:
+    total = sum(leaf.nbytes for leaf in every["1"][0].start.values())
+    for rank in every["2"]:
+        assert rank.gathered_bytes is not None
+        most, left = rank.gathered_bytes
+        assert most >= total
+        assert left == 0
+
+
 def test_compiled_steps_equal_eager_ones_and_are_compiled_once(every: Every) -> None:
     for rank in every["2"]:
         check_close(rank.compiled_losses, rank.losses[:3], 1e-6)
