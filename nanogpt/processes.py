@@ -83,11 +83,11 @@ def flush() -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Discards whatever Python code prints."""
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
+def quiet() -> Iterator[io.StringIO]:
+    """Prints nothing of what Python code prints; yields where it goes instead."""
+    unheard = io.StringIO()
+    with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
+        yield unheard
 
 
 def code_hashes() -> dict[str, str]:
@@ -180,29 +180,33 @@ class Team:
 
         If it raises UserError on any rank, every rank raises one with the same sentence. Any other error is
         raised on its own rank, and LostRank on the others. Ranks above 0 print nothing meanwhile, so that
-        what every rank would print, such as --help, appears once.
+        what every rank would print, such as --help, appears once. If some ranks exit, such as for a flag that
+        tyro has explained, and others do not, all raise UserError after the first of them has printed why.
         """
         if self.world.size == 1:
             return function()
         mistake = bug = ""
-        with quiet() if self.world.rank else contextlib.nullcontext():
+        is_exit = False
+        with quiet() if self.world.rank else contextlib.nullcontext(io.StringIO()) as unheard:
             try:
                 return function()
             except UserError as error:
                 mistake = str(error)
                 raise
-            except SystemExit:  # --help, or a flag that tyro has explained: the same on every rank
+            except SystemExit:  # --help, or a flag that tyro has explained
+                is_exit = True
                 raise
             except BaseException as error:
                 where = self._log or "the terminal"
                 bug = f"{type(error).__name__} in a check before training; its traceback is in {where}"
                 raise
             finally:
-                told = self.gather(json.dumps([mistake, bug]), timeout_s=timeout_s)
-                mistakes, bugs = zip(*map(json.loads, told), strict=True)
+                told = self.gather(json.dumps([mistake, bug, is_exit]), timeout_s=timeout_s)
+                mistakes, bugs, exits = zip(*map(json.loads, told), strict=True)
                 if not bug:  # this rank's own is already being raised
                     self._raise_first(mistakes)
                     self._raise_lost(bugs)
+                    self._raise_odd_exit(exits, unheard.getvalue())
 
     def _raise_first(self, mistakes: Sequence[str]) -> None:
         ranks = [rank for rank, mistake in enumerate(mistakes) if mistake]
@@ -216,6 +220,18 @@ class Team:
         for rank, bug in enumerate(bugs):
             if bug:
                 raise LostRank(f"{self._names([rank])} stopped with {bug}", [])
+
+    def _raise_odd_exit(self, exits: Sequence[bool], unheard: str) -> None:
+        odd = [rank for rank, is_exit in enumerate(exits) if is_exit]
+        if not odd or all(exits):
+            return
+        if self.world.rank == odd[0]:
+            with contextlib.suppress(OSError):
+                os.write(self._terminal, unheard.encode())
+        raise UserError(
+            f"{self._names(odd)} ended at the command line, which the other ranks could read; start the same "
+            "flags on every machine"
+        ) from None
 
     def agree(self, what: dict[str, str]) -> None:
         """Raises UserError on every rank, naming the first item that differs, unless all equal rank 0's."""

@@ -70,6 +70,15 @@ def asks_for_help(team: Team) -> None:
     team.together(check)
 
 
+def mistypes_a_flag(team: Team) -> None:
+    def check() -> None:
+        if team.world.rank:
+            print("no flag --sede", file=sys.stderr)
+            sys.exit(2)
+
+    team.together(check)
+
+
 def steps(team: Team, odd: Callable[[], object], timeout_s: float = 60) -> None:
     """Five collectives, of which rank 1 reaches three."""
     with team.connected("cpu", timeout_s=timeout_s):
@@ -154,6 +163,7 @@ SCENARIOS: dict[str, tuple[Callable[[Team], None], int]] = {
     function.__name__: (function, size)
     for function, size in [
         *((agrees, 3), (has_other_code, 3), (finds_no_data, 2), (has_a_bad_flag, 2), (asks_for_help, 2)),
+        (mistypes_a_flag, 3),
         *((trains, 2), (loses_its_disk, 3), (is_killed, 3), (sleeps, 3), (has_a_bug, 2), (does_not_join, 3)),
         *((has_a_bug_in_a_check, 2), (has_no_reader, 2), (has_a_bug_and_no_log, 2)),
         *((loses_the_store, 3), (loses_the_store_in_a_collective, 3)),
@@ -345,6 +355,20 @@ def test_what_checks_print_is_printed_by_rank_0_alone(outcomes: dict[str, list[O
     assert (first["status"], second["status"]) == (0, 0)
     assert first["terminal"] == "usage\n"
     assert "usage" not in second["log"]
+
+
+def test_a_flag_mistyped_on_some_ranks_is_explained_once_and_ends_all_with_status_2(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    first, second, third = outcomes["mistypes_a_flag"]
+    assert statuses([first, second, third]) == [2, 2, 2]
+    host = socket.gethostname()
+    sentence = (
+        f"error: rank 1 ({host}), rank 2 ({host}) ended at the command line, which the other ranks could "
+        "read; start the same flags on every machine\n"
+    )
+    assert [rank["terminal"] for rank in (first, second, third)] == [sentence, "no flag --sede\n", ""]
+    assert all(rank["log"].endswith(sentence) for rank in (second, third))
 
 
 def test_collectives_run_and_the_group_is_closed(outcomes: dict[str, list[Outcome]]) -> None:
