@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from nanogpt.train import Precision, TrainState, init_state
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 LOGS = "logs"
+SHARED_TIMEOUT_S = 10.0
+"""How long a network file system may take to show one machine the file that another has made."""
 
 
 def main(default: RunConfig) -> RunResult | None:
@@ -80,9 +83,27 @@ def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
     output = contextlib.nullcontext() if config.plan else team.rank_output(config.run_dir / LOGS)
     with output, team.connected(device.type, timeout_s=config.mesh.timeout_s):
         team.agree(code_hashes() | settings_of(config))
+        if not config.plan:
+            team.together(lambda: check_shared(config.run_dir, team.world))
         for finding in doctor.preflight(team, device.type, config.run_dir):
             print(f"{finding.level}: {finding.subject}: {finding.text}")
         return run_here(config, team)
+
+
+def check_shared(run_dir: Path, world: World) -> None:
+    """Raises UserError, on rank 0, unless it sees the log of every other rank: that their machines share the
+    folder, which only the first checkpoint would notice."""
+    deadline = time.monotonic() + SHARED_TIMEOUT_S
+    for rank in range(1, world.size if world.rank == 0 else 0):
+        log = run_dir / LOGS / f"rank-{rank}.log"
+        while not log.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{log} of rank {rank} is not to be seen here, expected that all ranks see the same "
+                    f"{run_dir}, where each writes its part of a checkpoint; choose a --run-dir that their "
+                    "machines share"
+                )
+            time.sleep(0.1)
 
 
 def run_here(config: RunConfig, team: Team) -> RunResult | None:

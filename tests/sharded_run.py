@@ -73,6 +73,11 @@ def has_no_data() -> None:
     sys.argv[sys.argv.index("--data.path") + 1] = "nowhere"
 
 
+def sees_other_files() -> None:
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+
+
 def hangs() -> None:
     at_step(3, lambda: time.sleep(60))
 
@@ -118,6 +123,7 @@ CHAINS = {
     "flag": [Start(2, odd=has_another_flag)],
     "code": [Start(2, odd=has_another_program)],
     "data": [Start(2, odd=has_no_data)],
+    "apart": [Start(2, SHORT, odd=sees_other_files, run_dir="here/apart")],
     "other": [
         Start(1, SHORT),
         Start(2, SHORT | {"train__seed": 1}),
@@ -195,6 +201,7 @@ def end_with(action: Callable[[], object]) -> None:
 
 def go_through_all(folder: Path) -> None:
     """Runs the chains side by side and writes what came of them."""
+    (folder / "here").symlink_to("/proc/self/cwd")  # not the same for a process that moves elsewhere
     write_tokens(folder / "tokens", np.cumsum(np.random.default_rng(0).integers(1, 3, 4000)) % 32)
     pids = []
     for name in CHAINS:

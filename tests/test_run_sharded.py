@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = subprocess.run(
         [sys.executable, PROGRAM, path],
         env=environment(tmp_path_factory.mktemp("bytecode")),
+        cwd=path,
         capture_output=True,
         text=True,
         timeout=240,
@@ -137,6 +138,15 @@ def test_a_mistake_is_one_sentence_of_rank_0_and_ends_all_with_status_2(
 ) -> None:
     check_refused(outcomes(folder, name)[-1], sentence)
     assert not (folder / name / "metrics.jsonl").exists()
+
+
+def test_ranks_that_do_not_see_the_same_run_directory_are_refused(folder: Path) -> None:
+    (outcome,) = outcomes(folder, "apart")
+    log = folder / "here/apart/logs/rank-1.log"
+    check_refused(
+        outcome, f"rank 0 ({HERE}): {log} of rank 1 is not to be seen here, expected that all ranks see"
+    )
+    assert not (folder / "apart/metrics.jsonl").exists()
 
 
 def test_a_mistake_of_one_rank_under_torchrun_is_not_tried_again(folder: Path) -> None:
