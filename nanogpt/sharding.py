@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from nanogpt import tree
 from nanogpt.errors import UserError
@@ -54,10 +54,14 @@ def make_mesh(device_type: str, shape: tuple[int, int]) -> DeviceMesh:
 
 def place(leaf: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's rows of `leaf`, which every rank holds: no communication, and the whole leaf can go."""
-    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    sharded = distribute_tensor(leaf, mesh, placements, src_data_rank=None)
+    sharded = distribute_tensor(leaf, mesh, placements_on(mesh), src_data_rank=None)
     own = sharded.to_local()
     return wrap(own.clone() if own.untyped_storage().nbytes() > own.nbytes else own, sharded)
+
+
+def placements_on(mesh: DeviceMesh) -> tuple[Placement, ...]:
+    """How `place` lays a leaf out: rows divided along the last axis, whole along one before it."""
+    return (*[Replicate()] * (mesh.ndim - 1), Shard(0))
 
 
 def local(tree_of: Tree) -> Tree:
@@ -174,12 +178,21 @@ class Bound:
         policy = MixedPrecisionPolicy(param_dtype=fp32, reduce_dtype=fp32, cast_forward_inputs=False)
         fully_shard(outer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._outer, self._blocks = outer, held
+        self._layout = mesh, placements_on(mesh)
         self._keys = {old: new.replace(".", "/") for new, old in outside.items()}
         for layer, names in enumerate(blocks):
             self._keys |= {old: f"blocks.{layer}.{new.replace('.', '/')}" for new, old in names.items()}
 
     def bind(self, params: Mapping[str, Tensor]) -> None:
-        """Makes the next calls compute with `params`."""
+        """Makes the next calls compute with `params`; UserError unless `place` has put each on the mesh."""
+        for name in self._keys:
+            leaf = params.get(name)
+            if not isinstance(leaf, DTensor) or (leaf.device_mesh, leaf.placements) != self._layout:
+                raise UserError(
+                    f"{name} is {'missing' if leaf is None else 'not laid out on the mesh of this step'}, "
+                    "expected a DTensor with this rank's rows; make the state with init_state(mesh=...), or "
+                    "its leaves with sharding.place(leaf, mesh)"
+                )
         self._outer.load_state_dict({self._keys[name]: leaf for name, leaf in params.items()}, assign=True)
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:

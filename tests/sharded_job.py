@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch._dynamo.utils import counters
 
 from nanogpt import optim, sharding, tree
 from nanogpt.data import Batch, BatchSpec, batch_at
+from nanogpt.errors import UserError
 from nanogpt.evals import validation_batches, validation_loss, validation_windows
 from nanogpt.model import GPT2Config, Params
 from nanogpt.optim import Transform
@@ -79,6 +81,8 @@ class Seen(NamedTuple):
     """On a mesh of half the ranks, beside the other half: of the first batch with the first parameters or,
     on the second half, with others, and at validation with the first ones."""
     compiled_losses: list[float] | None = None
+    refusals: list[str] | None = None
+    """Of whole parameters by a training and by an eval step, of those of another mesh, and of some only."""
     gathered_bytes: tuple[int, int] | None = None
     """Of parameters, whole: most while an evaluation used them, and those left after it."""
     graphs: list[int] | None = None
@@ -175,7 +179,7 @@ def see(layout: Layout, rank: int) -> Seen:
         half = Ranked(Layout(1, 2), rank % 2, here.mesh["shard"])
         seen = seen._replace(half_losses=losses_of_half(half, is_second=rank >= 2))
     if layout == LAYOUTS["2"]:
-        seen = seen._replace(gathered_bytes=gathered_bytes(here, first))
+        seen = seen._replace(gathered_bytes=gathered_bytes(here, first), refusals=refusals(here, first))
         compiled = here.train(ADAMW, "float32", 3, compile=True)
         seen = seen._replace(compiled_losses=compiled.losses, graphs=compiled.graphs)
     if layout == LAYOUTS["4"]:
@@ -205,6 +209,25 @@ def losses_of_half(half: Ranked, *, is_second: bool) -> list[float]:
     value_and_grad = make_value_and_grad(CONFIG, precision="float32", **half.choices)
     loss, _ = value_and_grad(params, half.batch(0), torch.tensor(0), torch.ones(()))
     return [float(loss), half.validate(first)]
+
+
+def refusals(here: Ranked, state: TrainState) -> list[str]:
+    step, replicas = here.step(ADAMW, donate=False), sharding.make_mesh("cpu", (2, 1))
+    whole = tree.map(sharding.whole, state.params)
+    moved = tree.map(lambda leaf: sharding.place(leaf, replicas), whole)
+    few = {name: leaf for name, leaf in state.params.items() if name != "ln_f.bias"}
+
+    def train(state: TrainState) -> object:
+        return step(state, here.batch(0))
+
+    def said(use: Callable[[TrainState], object], params: Params) -> str:
+        try:
+            use(state._replace(params=params))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return [said(train, whole), said(here.validate, whole), said(train, moved), said(train, few)]
 
 
 def gathered_bytes(here: Ranked, state: TrainState) -> tuple[int, int]:

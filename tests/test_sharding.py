@@ -150,6 +150,17 @@ def test_losses_are_those_of_the_ranks_of_the_mesh_whatever_others_compute(every
         check_close(rank.half_losses, expected, 1e-5)
 
 
+def test_parameters_that_are_not_laid_out_on_the_mesh_are_refused(every: Every) -> None:
+    for rank in every["2"]:
+        elsewhere, missing = "wte.weight is not laid out on the mesh of this step", "ln_f.bias is missing"
+        assert rank.refusals is not None
+        said = [
+            sentence.partition(", expected a DTensor with this rank's rows; make")[0]
+            for sentence in rank.refusals
+        ]
+        assert said == [elsewhere, elsewhere, elsewhere, missing]
+
+
 def test_an_evaluation_leaves_no_gathered_parameters_behind(every: Every) -> None:
     total = sum(leaf.nbytes for leaf in every["1"][0].start.values())
     for rank in every["2"]:
