@@ -97,9 +97,12 @@ def apart(tree: Tree, other: Tree) -> Tree:
 
 
 def hands_on(old: Tree, new: Tree) -> bool:
-    """Whether a leaf of `new` is a leaf of `old` from another place."""
+    """Whether a leaf of `new` is a leaf of `old` from another place or, which a graph cannot tell, a view."""
     pairs = itertools.product(enumerate(leaves(old)), enumerate(leaves(new)))
-    return any(one is other and i != j for (i, one), (j, other) in pairs)
+    moved = ((one, other) for (i, one), (j, other) in pairs if i != j)
+    if torch.compiler.is_compiling():
+        return any(one is other for one, other in moved)
+    return any(_memory_of(one) == _memory_of(other) for one, other in moved)
 
 
 def overwrite(old: Tree, new: Tree) -> Tree:

@@ -89,11 +89,12 @@ def make_update_by_leaf(
         parts = tree.split((numbers, flat_grads, flat[1], flat[0]), params)
         # What is shared by all leaves, such as a count, is updated once, on one spare element of a leaf.
         beside = tree.map(lambda part: part[:1].clone() if part.ndim else part, next(iter(parts.values())))
+        rest = update_leaf(factor, *beside)  # first, since it may refuse the transform
         for name, part in parts.items():
             # A rank may have no rows of a leaf, and a graph of dynamic size needs at least two elements.
             update_one = compiled if flat[0][name].numel() > 1 else update_slots
             parts[name] = update_one(factor, *part)
-        new = tree.join(flat, params, parts, update_leaf(factor, *beside))
+        new = tree.join(flat, params, parts, rest)
         if donate:  # slots were overwritten leaf by leaf; a count only now, since every leaf has read it
             tree.overwrite(flat, new)
             return params, opt_state

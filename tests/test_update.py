@@ -99,13 +99,19 @@ def test_what_is_handed_on_in_the_state_is_read_before_it_is_overwritten(
     assert all(map(torch.equal, *map(tree.leaves, results)))
 
 
+@pytest.mark.parametrize("view", [lambda leaf: leaf, Tensor.detach], ids=["itself", "a view"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_an_elementwise_transform_that_hands_on_is_refused_with_donation(compile: bool) -> None:
-    optimizer = optim.elementwise(lambda params: (params, params), lambda g, state, p, _: (g, (g, state[0])))
+def test_an_elementwise_transform_that_hands_on_is_refused_with_donation(
+    compile: bool, view: Callable[[Tensor], Tensor]
+) -> None:
+    optimizer = optim.elementwise(
+        lambda params: (params, params), lambda g, state, p, _: (g, (g, tree.map(view, state[0])))
+    )
     update = make_update(optimizer, donate=True, compile=compile)
     params = params_of()
-    with pytest.raises(Exception, match="hands a leaf on to another place"):
+    with pytest.raises(UserError, match="hands a leaf on to another place"):
         update(grads_of(0), torch.ones(()), optimizer.init(params_of()), params)
+    assert all(map(torch.equal, tree.leaves(params), tree.leaves(params_of())))
 
 
 def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
