@@ -44,8 +44,8 @@ CHECKPOINTS = "checkpoints"
 _STATE, _METADATA, _METRICS = "state", "metadata", "metrics"
 _PARAMS = "params/"
 _STAGING = "shards-"
-_FOLDER_TIMEOUT_S = 30.0
-"""How long a network file system may take to show one machine the folder that another has made."""
+FOLDER_TIMEOUT_S = 30.0
+"""How long a network file system may take to show one machine what another has made."""
 
 
 class Checkpointer:
@@ -280,7 +280,7 @@ def _make_staging(directory: Path, step: int) -> Path:
 
 def _await_folder(folder: Path, rank: int) -> None:
     """Return once this machine sees `folder`, which rank 0 has made, or raise FileNotFoundError."""
-    deadline = time.monotonic() + _FOLDER_TIMEOUT_S
+    deadline = time.monotonic() + FOLDER_TIMEOUT_S
     while not folder.is_dir():
         if time.monotonic() > deadline:
             raise FileNotFoundError(

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from nanogpt import command, doctor, optim, perf, sharding, tree
-from nanogpt.checkpoint import CHECKPOINTS, Checkpointer, load_params
+from nanogpt.checkpoint import CHECKPOINTS, FOLDER_TIMEOUT_S, Checkpointer, load_params
 from nanogpt.config import RunConfig
 from nanogpt.data import BatchSpec
 from nanogpt.dataset import open_dataset
@@ -37,8 +37,6 @@ from nanogpt.train import Precision, TrainState, init_state
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 LOGS = "logs"
-SHARED_TIMEOUT_S = 10.0
-"""How long a network file system may take to show one machine the file that another has made."""
 
 
 def main(default: RunConfig) -> RunResult | None:
@@ -93,7 +91,7 @@ def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
 def check_shared(run_dir: Path, world: World) -> None:
     """Raises UserError, on rank 0, unless it sees the log of every other rank: that their machines share the
     folder, which only the first checkpoint would notice."""
-    deadline = time.monotonic() + SHARED_TIMEOUT_S
+    deadline = time.monotonic() + FOLDER_TIMEOUT_S
     for rank in range(1, world.size if world.rank == 0 else 0):
         log = run_dir / LOGS / f"rank-{rank}.log"
         while not log.exists():
