@@ -115,11 +115,12 @@ def draw(
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
+        kept = logits.topk(min(top_k, logits.shape[-1]))  # no more than k, even if the last ones are equal
+        logits = torch.full_like(logits, -torch.inf).scatter(1, kept.indices, kept.values)
+    if top_p is not None and top_p < 1:  # rounded sums reach 1 before the last tokens
         ordered, order = logits.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before this one already reach p
+        beyond[:, 0] = False  # however small p is: in fp32 it may be 0
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
@@ -149,7 +150,8 @@ def check_settings(
             )
     if max_new_tokens < 0 or not 0 <= temperature < math.inf:
         raise UserError(
-            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; neither may be below 0"
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}, expected numbers of at least "
+            "0"
         )
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}, expected at least 1; leave it out to keep every token")

@@ -1,7 +1,9 @@
 """Sampling with a cache is sampling, past the last position too, and draws what it was told to."""
 
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +153,32 @@ def test_tokens_are_drawn_in_the_shares_that_the_settings_say(settings: dict, sh
     assert [share == 0 for share in got] == [share == 0 for share in shares]
 
 
+def test_top_k_keeps_k_tokens_even_if_others_are_as_likely():
+    # In half precision logits are often equal.
+    tokens = draw(torch.zeros(1000, 4), temperature=1.0, top_k=2, top_p=None, generator=seeded())
+    assert len(tokens.unique()) == 2
+
+
+def test_the_likeliest_token_stays_however_small_top_p_is():
+    tokens = draw(LOGITS.expand(100, 4), temperature=1.0, top_k=None, top_p=1e-300, generator=seeded())
+    assert tokens.unique().tolist() == [0]
+
+
+def test_top_p_1_keeps_every_token(monkeypatch: pytest.MonkeyPatch):
+    logits = torch.full((1, 30_000), -17.5)  # in fp32 their probabilities reach 1 before the last of them
+    logits[:, 0] = 0
+    drawn_from: list[Tensor] = []
+    multinomial = torch.multinomial
+
+    def spy(probabilities: Tensor, count: int, **settings: Any) -> Tensor:
+        drawn_from.append(probabilities)
+        return multinomial(probabilities, count, **settings)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    draw(logits, temperature=1.0, top_k=None, top_p=1.0, generator=seeded())
+    assert (drawn_from[0] > 0).all()
+
+
 @pytest.mark.parametrize("order", [[3, 0, 2, 1], [1, 2, 3, 0]])
 def test_top_p_keeps_the_likeliest_in_whatever_order_they_stand(order: list[int]):
     logits = LOGITS[:, order].expand(1000, 4)
@@ -171,8 +199,15 @@ def test_the_help_names_the_new_line_that_a_text_begins_with(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(max_new_tokens=-1), "max_new_tokens is -1 and temperature 1.0; neither may be below 0"),
-        (dict(temperature=-0.5), "max_new_tokens is 3 and temperature -0.5; neither may be below 0"),
+        (dict(max_new_tokens=-1), "max_new_tokens is -1 and temperature 1.0, expected numbers of at least 0"),
+        (
+            dict(temperature=-0.5),
+            "max_new_tokens is 3 and temperature -0.5, expected numbers of at least 0",
+        ),
+        (
+            dict(temperature=math.inf),
+            "max_new_tokens is 3 and temperature inf, expected numbers of at least 0",
+        ),
         (dict(top_k=0), "top_k is 0, expected at least 1; leave it out to keep every token"),
         (dict(top_p=0.0), "top_p is 0.0, expected above 0 and at most 1; leave it out to keep every token"),
         (dict(top_p=1.5), "top_p is 1.5, expected above 0 and at most 1; leave it out to keep every token"),
