@@ -66,19 +66,25 @@ def load_pretrained(folder: Path) -> tuple[Params, GPT2Config]:
     Raises UserError unless it holds a GPT-2 as OpenAI published it, in files that fit each other.
     """
     config = config_from(read_json(folder / CONFIG), folder)
-    leaves = {name: leaf for file in weight_files(folder) for name, leaf in read_leaves(file).items()}
-    params = {name.removeprefix(TRUNK): leaf for name, leaf in leaves.items() if not name.endswith(MASKS)}
-    params = {name: leaf.float() if leaf.is_floating_point() else leaf for name, leaf in params.items()}
+    params = {}
+    for name, leaf in (pair for file in weight_files(folder) for pair in read_leaves(file).items()):
+        own = name.removeprefix(TRUNK)
+        if own in params:
+            raise UserError(
+                f"{folder} holds {own} twice, with and without {TRUNK!r} or in two files; expected each leaf "
+                "once, as save_pretrained writes it"
+            )
+        if not own.endswith(MASKS):
+            params[own] = leaf.float() if leaf.is_floating_point() else leaf
     head = params.pop(HEAD, None)
-    if differences := tree.diff(params, shapes := dict(config.skeleton.named_parameters())):
+    if difference := difference_from(config, params):
         raise UserError(
-            f"{folder} holds another model than its {CONFIG} says: {differences[0]} ({len(differences)} of "
-            f"{len({*params, *shapes})} leaves differ); expected both from one save_pretrained of a "
-            "GPT2LMHeadModel"
+            f"{folder} holds another model than its {CONFIG} says: {difference}; expected both from one "
+            "save_pretrained of a GPT2LMHeadModel"
         )
     if head is not None and not head.equal(params[EMBEDDING]):
         raise UserError(f"{folder} has a head of its own, expected {HEAD} to be the token embedding")
-    return {name: params[name] for name in shapes}, config
+    return {name: params[name] for name, _ in config.skeleton.named_parameters()}, config
 
 
 def save_pretrained(
@@ -86,17 +92,21 @@ def save_pretrained(
 ) -> None:
     """Writes config, parameters and, if it is GPT-2's, the tokenizer, as `transformers` does.
 
-    Raises UserError if `folder` cannot be written or is not empty. Leaves no incomplete file there.
+    Parameters are written as float32. Raises UserError if they are not those of `config`, or if `folder`
+    cannot be written or is not empty. Leaves no incomplete file there.
     """
+    leaves = {name: leaf.detach().cpu().float().contiguous() for name, leaf in params.items()}
+    if difference := difference_from(config, leaves):
+        raise UserError(f"the parameters are not those of the config: {difference}; pass both of one model")
     files: dict[str, Any] = {CONFIG: config_for(config, None if tokenizer is None else tokenizer.end_of_text)}
     if tokenizer is not None and tokenizer.name == "gpt2":
         files |= tokenizer_files(tokenizer, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         require_empty(folder)
-        leaves = {TRUNK + name: leaf.detach().cpu().contiguous() for name, leaf in params.items()}
         with tempfile.TemporaryDirectory(dir=folder) as part:
-            save_file(leaves, Path(part) / WEIGHTS, metadata={"format": "pt"})
+            named = {TRUNK + name: leaf for name, leaf in leaves.items()}
+            save_file(named, Path(part) / WEIGHTS, metadata={"format": "pt"})
             for name, value in files.items():
                 (Path(part) / name).write_text(json.dumps(value, indent=2) + "\n")
             shutil.copymode(Path(part) / CONFIG, Path(part) / WEIGHTS)  # safetensors keeps others out
@@ -104,6 +114,14 @@ def save_pretrained(
                 (Path(part) / name).replace(folder / name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write to {folder} ({error}); choose another --out or make room") from error
+
+
+def difference_from(config: GPT2Config, params: Params) -> str | None:
+    """The first leaf whose name, shape or dtype is not the model's, and how many there are; None if none."""
+    expected = dict(config.skeleton.named_parameters())
+    if differences := tree.diff(params, expected):
+        return f"{differences[0]} ({len(differences)} of {len({*params, *expected})} leaves differ)"
+    return None
 
 
 def require_empty(folder: Path) -> None:

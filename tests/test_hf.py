@@ -188,6 +188,13 @@ def test_a_head_for_another_purpose_is_refused(tmp_path: Path):
         load_pretrained(tmp_path)
 
 
+def test_a_leaf_that_is_there_twice_is_refused(tmp_path: Path):
+    expected = pretrained(tmp_path)
+    change_weights(tmp_path, **{"wte.weight": expected["wte.weight"] + 1})
+    with pytest.raises(UserError, match=r"holds wte.weight twice, with and without 'transformer.' or in two"):
+        load_pretrained(tmp_path)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -203,6 +210,34 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"^cannot read .*config.json \(.*; expected what save_pretrained"):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ln_f.bias": None}, r"^the parameters are not those of the config: ln_f.bias is missing \(1 of 28"),
+        (
+            {"lm_head.weight": torch.zeros(65, 16)},
+            r"lm_head.weight is not expected \(1 of 29 leaves differ\);",
+        ),
+        ({"wpe.weight": torch.zeros(8, 16)}, r"wpe.weight is float32\[8, 16\], expected float32\[16, 16\]"),
+    ],
+)
+def test_parameters_of_another_model_are_not_written(
+    changes: dict[str, Tensor | None], message: str, tmp_path: Path
+):
+    changed = {name: leaf for name, leaf in (params_of(TINY) | changes).items() if leaf is not None}
+    with pytest.raises(UserError, match=message):
+        save_pretrained(tmp_path / "out", changed, TINY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_narrow_parameters_are_written_as_the_config_says(tmp_path: Path):
+    narrow = tree.map(Tensor.bfloat16, params_of(TINY))
+    save_pretrained(tmp_path, narrow, TINY)
+    leaves = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {leaf.dtype for leaf in leaves.values()} == {torch.float32}
+    assert same_bits(load_pretrained(tmp_path)[0], tree.map(Tensor.float, narrow))
 
 
 def test_a_folder_with_files_is_not_written_to(tmp_path: Path):
