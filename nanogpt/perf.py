@@ -104,7 +104,7 @@ def detect(device: torch.device) -> Hardware:
         # is slow.
         fast = {"bf16_fast": capability >= (8, 0), "fp16_fast": capability >= (7, 0)}
         return Hardware(device, torch.cuda.get_device_name(device), cores, total, free, **fast)
-    total, available = _host_memory()
+    total, available = host_memory()
     if device.type == "mps":  # the first Apple GPUs emulate bf16, and nothing tells which one this is
         return Hardware(
             device, f"{_cpu_name()} GPU", cores, total, available, bf16_fast=False, fp16_fast=False
@@ -322,7 +322,7 @@ def sheet_key(name: str) -> str:
     return " ".join(word for word in words if word not in vendor and not re.fullmatch(r"\d+GB", word))
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Total and available bytes for this process: the machine's, or its control group's if that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))

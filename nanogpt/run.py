@@ -34,9 +34,13 @@ from nanogpt.processes import Team, code_hashes
 from nanogpt.run_dir import METRICS, PICTURE, describe, own_run_dir, starting_step, to_json
 from nanogpt.tracker import Console, JsonLines, Trackers, WandB
 from nanogpt.train import Precision, TrainState, init_state
+from nanogpt.units import format_bytes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 LOGS = "logs"
+BATCH_BYTES_PER_TOKEN = 40
+"""Of a step's batch: inputs and targets of 8 bytes each, beside those of the next one and the rows they are
+cut from."""
 
 
 def main(default: RunConfig) -> RunResult | None:
@@ -185,6 +189,7 @@ def make_plan(config: RunConfig, checkpointer: Checkpointer, console: Console, t
         check_start(config, config.init.run_dir)
     compile = config.train.compile and can_compile(hardware.device, console)
     wanted = team.together(lambda: batch_spec(config, team.world))
+    team.together(lambda: require_room_for_batches(wanted, team.world))
     spec = team.together(lambda: fit(config, wanted, hardware, precision, shards=shape[1], compile=compile))
     sizes = [int(size) for size in team.gather(str(spec.batch_size))]  # the smallest device decides
     spec = dataclasses.replace(spec, batch_size=min(sizes))
@@ -269,7 +274,8 @@ def make_optimizer(config: RunConfig, precision: Precision) -> optim.Transform:
 
 def optimizer_slots(config: RunConfig, precision: Precision) -> int:
     """How many numbers the optimizer keeps for each parameter, rounded up; counts of steps are none."""
-    params = dict(config.model.skeleton.named_parameters())
+    # Of one block, since all are alike, and so that a model too large for any machine is not built here.
+    params = dict(dataclasses.replace(config.model, n_layer=1).skeleton.named_parameters())
     leaves = tree.leaves(make_optimizer(config, precision).init(params))
     kept = sum(leaf.numel() for leaf in leaves if leaf.ndim)
     return math.ceil(kept / sum(leaf.numel() for leaf in params.values()))
@@ -334,6 +340,18 @@ def batch_spec(config: RunConfig, place: World) -> BatchSpec:
         process_index=place.rank,
         process_count=place.size,
     )
+
+
+def require_room_for_batches(spec: BatchSpec, place: World) -> None:
+    """Raises UserError unless this machine's memory holds a step's tokens, and the next ones being read."""
+    need = BATCH_BYTES_PER_TOKEN * spec.total_batch_size // spec.process_count
+    free = perf.host_memory()[1] // place.local_size
+    if need > free:
+        raise UserError(
+            f"the tokens of a step, {spec.total_batch_size:,}, need {format_bytes(need)} of this machine's "
+            f"memory, expected at most the {format_bytes(free)} that is free; set a smaller "
+            f"--data.total-batch-size"
+        )
 
 
 def fit(
