@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,15 @@ def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
             axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="training, moving mean")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)  # it is a directory's name, in which $ is no formula
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend(frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # which draws a box instead
+        figure.savefig(buffer, format="png")
     part = image_path.with_name(image_path.name + ".part")
     part.write_bytes(buffer.getvalue())
     os.replace(part, image_path)

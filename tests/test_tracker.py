@@ -403,10 +403,10 @@ def test_a_netrc_entry_for_the_server_is_a_login(wandb: Report):
 # The picture
 
 
-def draw(tmp_path: Path, records: list[dict[str, Any]]) -> bytes:
+def draw(tmp_path: Path, records: list[dict[str, Any]], title: str = "a run") -> bytes:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    draw_loss(path, tmp_path / "loss.png", title="a run")
+    draw_loss(path, tmp_path / "loss.png", title=title)
     return (tmp_path / "loss.png").read_bytes()
 
 
@@ -416,6 +416,11 @@ def test_the_picture_of_a_run_of_any_length_is_a_png(tmp_path: Path, steps: int)
     image = draw(tmp_path, records + [{"step": step, "val_loss": 8.5} for step in range(0, steps, 10)])
     assert image.startswith(b"\x89PNG")
     assert not (tmp_path / "loss.png.part").exists()
+
+
+@pytest.mark.parametrize("title", ["a$_$b", "\u76ee"])
+def test_any_name_of_a_directory_is_a_title(tmp_path: Path, title: str):
+    assert draw(tmp_path, [training(1, loss=9.0)], title).startswith(b"\x89PNG")
 
 
 def test_validation_shows_in_the_picture(tmp_path: Path):
