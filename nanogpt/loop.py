@@ -94,7 +94,9 @@ class Loop:
         runs_ahead = plan.hardware.device.type == "cuda"  # elsewhere a step is done when its call returns
         self.began = now(plan.hardware.device)
         with contextlib.closing(self.batches()) as batches:
-            for batch in batches:
+            while self.step < plan.last:
+                with self.saving(state, pending):
+                    batch = next(batches)
                 self.team.step(self.step + 1)
                 state, metrics = train_step(state, batch)
                 reading = copy_to_host(metrics)
@@ -161,17 +163,43 @@ class Loop:
         """Evaluation, checkpoint, picture and sample: whichever are due, and all of them at the run's end."""
         is_end = self.step == self.plan.config.train.max_steps
         if is_end or falls_on(self.plan.config.eval.interval, self.step):
-            self.evaluate(state)
+            with self.saving(state):
+                self.evaluate(state)
         if is_last or falls_on(self.plan.config.checkpoint.interval, self.step):
-            about = describe(self.plan.config, self.plan.dataset, self.plan.precision)
-            fresh = self.val_loss if self.evaluated_at == self.step else None
-            self.checkpointer.save(self.step, state, metadata=about, val_loss=fresh)
-            run_dir = self.plan.config.run_dir
-            if self.team.world.rank == 0:
-                draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
+            self.save(state)
         if is_end or falls_on(self.plan.config.sample.interval, self.step):
             self.write_sample(state)
         self.began = now(self.plan.hardware.device)  # tokens per second count training alone
+
+    @contextlib.contextmanager
+    def saving(
+        self, state: TrainState, pending: Callable[[], tuple[dict[str, float], Moment]] | None = None
+    ) -> Iterator[None]:
+        """Saves `state` if the tokens cannot be read meanwhile, for it is whole, unless `pending`, its step's
+        numbers, shows otherwise. Not on several ranks, of which the others may be in the middle of a step."""
+        try:
+            yield
+        except UserError:
+            if self.mesh is None:
+                if pending is not None:
+                    self.report(self.step, *pending())
+                self.checkpointer.wait()
+                if (self.checkpointer.latest() or 0) < self.step:
+                    self.save(state)
+                    self.checkpointer.wait()
+                    self.console.message(
+                        f"stopped at step {self.step}, saved, since the tokens after it cannot be read"
+                    )
+            raise
+
+    def save(self, state: TrainState) -> None:
+        """Starts to write a checkpoint, and draws the picture."""
+        about = describe(self.plan.config, self.plan.dataset, self.plan.precision)
+        fresh = self.val_loss if self.evaluated_at == self.step else None
+        self.checkpointer.save(self.step, state, metadata=about, val_loss=fresh)
+        run_dir = self.plan.config.run_dir
+        if self.team.world.rank == 0:
+            draw_loss(run_dir / METRICS, run_dir / PICTURE, title=run_dir.name)
 
     def evaluate(self, state: TrainState) -> None:
         """Logs the loss on the validation text."""

@@ -28,7 +28,7 @@ from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt import hf, loop, optim, perf, run, run_dir, tree
 from nanogpt.checkpoint import Checkpointer, load_params
 from nanogpt.config import DataConfig, RunConfig, TrainConfig
-from nanogpt.data import BatchSpec
+from nanogpt.data import Batch, BatchSpec
 from nanogpt.errors import UserError
 from nanogpt.loop import RunResult, check_finite
 from nanogpt.model import GPT2Config, init
@@ -779,6 +779,54 @@ def test_sigterm_in_a_step_saves_that_step_and_the_same_command_goes_on(go: Go, 
     assert Checkpointer(tmp_path / "cut/checkpoints").latest() == 2
     assert [signal.getsignal(number) for number in numbers] == handlers
     assert differing_leaves(whole, go(tmp_path / "cut", *EAGER, train__max_steps=4)) == []
+
+
+@pytest.mark.parametrize(("split", "saved"), [("train", 7), ("val", 10)])
+def test_tokens_that_break_in_a_run_lose_no_step(
+    go: Go, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, split: str, saved: int
+) -> None:
+    """The file is cut before the batch of step 8 is read; the next evaluation is that of step 10."""
+    write_tokens(tmp_path / "data", np.arange(4000) % 32)
+    file, batch_at = tmp_path / f"data/{split}.bin", loop.batch_at
+    whole_file = file.read_bytes()
+
+    def cut(tokens: Any, step: int, spec: BatchSpec) -> Batch:
+        if step == 7:
+            os.truncate(file, 100)
+        return batch_at(tokens, step, spec)
+
+    rare = {"data__path": tmp_path / "data", "checkpoint__interval": None, "sample__interval": None}
+    whole = go(tmp_path / "whole", *EAGER, **rare)
+    monkeypatch.setattr(loop, "batch_at", cut)
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path / "cut", *EAGER, **rare)
+    monkeypatch.setattr(loop, "batch_at", batch_at)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert f"stopped at step {saved}, saved, since" in said.out
+    assert f"{split}.bin ends at byte 100, before where it ended when it was opened" in said.err
+    assert Checkpointer(tmp_path / "cut/checkpoints").latest() == saved
+    file.write_bytes(whole_file)
+    assert differing_leaves(whole, go(tmp_path / "cut", *EAGER, **rare)) == []
+
+
+def test_tokens_that_break_after_a_lost_step_do_not_save_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a step's numbers are read while the next one runs, so nobody has seen them yet."""
+    lost = {"loss": math.nan, "grad_norm": 1.0}
+
+    def report(self: loop.Loop, step: int, metrics: dict[str, float], ended: float) -> None:
+        check_finite(RunConfig(), step, metrics, "bfloat16")
+
+    monkeypatch.setattr(loop.Loop, "report", report)
+    ahead = loop.Loop.__new__(loop.Loop)  # without a checkpointer that could save
+    ahead.step, ahead.mesh = 3, None
+    config = GPT2Config(32, 16, 1, 2, 16)
+    state = init_state(config, make_optimizer(RunConfig(), "bfloat16"), torch.Generator())
+    with (
+        pytest.raises(UserError, match="the loss of step 3 is nan"),
+        ahead.saving(state, lambda: (lost, 0.0)),
+    ):
+        raise UserError("the file was cut")
 
 
 def test_a_signal_in_the_last_step_does_not_spoil_the_end(go: Go, tmp_path: Path) -> None:
