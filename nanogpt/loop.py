@@ -119,12 +119,16 @@ class Loop:
         plan = self.plan
 
         def read(step: int) -> Batch:
-            batch = batch_at(plan.dataset.train, step, plan.spec)
-            require_ids(batch, plan.config.model.vocab_size, plan.dataset.folder)
+            batch = self.require_ids(batch_at(plan.dataset.train, step, plan.spec))
             self.hashes[step + 1] = batch_hash(batch, step, plan.spec)
             return batch
 
         return prefetch(read, range(plan.start, plan.last), plan.hardware.device)
+
+    def require_ids(self, batch: Batch) -> Batch:
+        """The batch. Raises UserError if it has an id that only a manifest has ruled out."""
+        require_ids(batch, self.plan.config.model.vocab_size, self.plan.dataset.folder)
+        return batch
 
     def agree(self, caught: Sequence[int]) -> tuple[int, int]:
         """(a signal that some rank has caught, or 0; hash of the step's whole batch), equal on all ranks."""
@@ -214,7 +218,8 @@ class Loop:
             process_count=spec.process_count,
         )
         targets = spec.block_size * validation_windows(tokens, token_count=count, block_size=spec.block_size)
-        self.val_loss = validation_loss(self.eval_step, state.params, batches, count=targets)
+        checked = map(self.require_ids, batches)
+        self.val_loss = validation_loss(self.eval_step, state.params, checked, count=targets)
         self.evaluated_at = self.step
         self.trackers.log({"step": self.step, "val_loss": self.val_loss})
 

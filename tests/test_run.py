@@ -527,10 +527,13 @@ def test_a_directory_in_which_another_process_trains(refused: Callable[..., str]
     os.close(descriptor)
 
 
-def test_a_token_file_that_was_damaged_after_it_was_checked(go: Go, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_file_that_was_damaged_after_it_was_checked(
+    go: Go, tmp_path: Path, capsys: Any, split: str
+) -> None:
     write_tokens(tmp_path / "data", np.arange(4000) % 32)
-    with (tmp_path / "data/train.bin").open("r+b") as file:
-        file.seek(2000)
+    with (tmp_path / f"data/{split}.bin").open("r+b") as file:
+        file.seek(2000 if split == "train" else 20)
         file.write(b"\xff\xff" * 1000)
     with pytest.raises(SystemExit) as stop:
         go(tmp_path / "run", *EAGER, data__path=tmp_path / "data", train__max_steps=9)
