@@ -1,7 +1,7 @@
 """Where a run's records go: the terminal, a file of JSON lines, Weights & Biases.
 
 A record is a flat dict of plain Python values with a "step", the number of finished steps, and one of
-training     loss, learning_rate, grad_norm, tokens_per_second, mfu (a fraction), seconds
+training     loss, learning_rate, grad_norm, tokens_per_second, mfu (a fraction), seconds, batch_hash
 evaluation   val_loss
 sample       sample (text)
 """
@@ -116,7 +116,8 @@ class Console:
         line = _progress(record, self._total_steps, self._seconds_left(step, now))
         if self._is_live:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be rewritten
-            self._live_line = line[:width]
+            # Cut between two values, since the first digits of a number are another one.
+            self._live_line = line[: width + 2].rpartition("  ")[0] if len(line) > width else line
             self._write(f"{CLEAR_LINE}{self._live_line}")
         else:
             self._write(f"step {line}\n")

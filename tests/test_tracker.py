@@ -124,11 +124,23 @@ def test_the_live_line_is_rewritten_at_most_ten_times_a_second_and_at_the_end():
     assert shown[-1] == 100
 
 
-def test_the_live_line_is_cut_to_the_terminal(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "19")
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (20, " 1/40  loss 6.1235"),
+        (19, " 1/40  loss 6.1235"),
+        (18, " 1/40"),
+        (40, " 1/40  loss 6.1235  rate 6.00e-04"),
+        (5, ""),
+    ],
+)
+def test_the_live_line_is_cut_to_the_terminal_but_no_number_is(
+    monkeypatch: pytest.MonkeyPatch, columns: int, shown: str
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
     Console(40, stream=stream).log(training(1))
-    assert stream.getvalue() == f"{tracker.CLEAR_LINE} 1/40  loss 6.1235"
+    assert stream.getvalue() == f"{tracker.CLEAR_LINE}{shown}"
 
 
 def test_a_line_of_a_full_run_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch):
