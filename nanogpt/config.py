@@ -88,7 +88,8 @@ class TrainConfig:
     """Stop at this step with a checkpoint, schedule unchanged; the same command without it goes on. At least
     1."""
     seed: int = 1337
-    """Decides the initial parameters, the order of the data and dropout masks; from 0 to 2^62."""
+    """Decides the initial parameters, the order of the data and dropout masks; from 0 to 2^62. A CPU draws
+    parameters and samples by its last 32 bits alone."""
     device: str | None = None
     """"cuda", "cpu" or "mps"; None takes the GPU where there is one."""
     precision: Literal["bfloat16", "float16", "float32"] | None = None
