@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanogpt import tree
 from nanogpt.attention import CPU
+from nanogpt.errors import UserError
 
 IGNORED = -100  # cross-entropy leaves such a target out
 DEFAULT_CHUNK_TOKENS = 1024
@@ -38,8 +39,14 @@ def next_token_loss(
 ) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of `targets` in nats, in fp32; one chunk of rows is widened at a time.
 
-    Targets of -100 are left out, as in `torch.nn.functional.cross_entropy`.
+    Targets of -100 are left out, as in `torch.nn.functional.cross_entropy`. Raises UserError unless each row
+    of logits has one target.
     """
+    if logits.shape[:-1] != targets.shape:
+        raise UserError(
+            f"the targets have shape {list(targets.shape)}, expected {list(logits.shape[:-1])} for logits of "
+            f"shape {list(logits.shape)}; give each row of logits its target"
+        )
     rows, ids = logits.reshape(-1, logits.shape[-1]), targets.flatten()
     chunks = zip(rows.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     total = sum(F.cross_entropy(row.float(), target, reduction="sum") for row, target in chunks)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from nanogpt.errors import UserError
 from nanogpt.loss import HeadLoss, chunk_tokens_of, head_loss, head_loss_and_grads, next_token_loss
 
 V, PADDED, B, T, C = 65, 128, 3, 7, 16
@@ -62,6 +63,16 @@ def test_next_token_loss_of_each_token_is_mapped(features: Tensor, head: Tensor,
     logits = features @ head[:V].T
     losses = torch.func.vmap(torch.func.vmap(next_token_loss))(logits, targets)
     close(losses, F.cross_entropy(logits.mT, targets, reduction="none"))
+
+
+def test_next_token_loss_refuses_targets_of_another_shape(features: Tensor, head: Tensor, targets: Tensor):
+    with pytest.raises(UserError) as caught:
+        # past the type check that runs in tests only
+        next_token_loss.__wrapped__(features @ head[:V].T, targets.T)
+    assert str(caught.value) == (
+        "the targets have shape [7, 3], expected [3, 7] for logits of shape [3, 7, 65]; "
+        "give each row of logits its target"
+    )
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():

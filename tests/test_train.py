@@ -411,6 +411,19 @@ def test_an_unknown_precision_is_refused():
 # Evaluation
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 4), (2, 4, 16)])
+@pytest.mark.parametrize("make_step", [make_value_and_grad, make_eval_step])
+def test_targets_of_another_shape_than_the_inputs_are_refused(make_step: Any, shape: tuple[int, ...]):
+    batch = batch_of(0)._replace(targets=torch.zeros(shape, dtype=torch.int64))
+    settings = () if make_step is make_eval_step else (torch.tensor(0), torch.tensor(1.0))
+    with pytest.raises(UserError) as caught:
+        make_step(TINY, precision="float32", compile=False)(start().params, batch, *settings)
+    assert str(caught.value) == (
+        f"the targets of a batch have shape {list(shape)}, its inputs [1, 4, 16], "
+        f"expected [A, B, T] for both; give each token its target"
+    )
+
+
 def test_an_eval_step_sums_the_loss_of_the_targets_that_count():
     batch = batch_of(0, A=2)
     batch.targets[1, 2:] = -100
