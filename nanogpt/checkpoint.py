@@ -44,7 +44,7 @@ CHECKPOINTS = "checkpoints"
 _STATE, _METADATA, _METRICS = "state", "metadata", "metrics"
 _PARAMS = "params/"
 _STAGING = "shards-"
-FOLDER_TIMEOUT_S = 30.0
+SHARED_TIMEOUT_S = 30.0
 """How long a network file system may take to show one machine what another has made."""
 
 
@@ -208,7 +208,10 @@ class Checkpointer:
         staging = self._writers.decide(lambda: _make_staging(self._directory, step))
 
         def write_own() -> list[Path]:
-            _await_folder(staging, rank)
+            if not appears(staging):
+                raise FileNotFoundError(
+                    f"rank {rank} does not see {staging}, which rank 0 has made: the machines do not share it"
+                )
             return edge.write_shards(staging, rank, shards, parts)
 
         def finish() -> None:
@@ -278,15 +281,14 @@ def _make_staging(directory: Path, step: int) -> Path:
     return staging
 
 
-def _await_folder(folder: Path, rank: int) -> None:
-    """Return once this machine sees `folder`, which rank 0 has made, or raise FileNotFoundError."""
-    deadline = time.monotonic() + FOLDER_TIMEOUT_S
-    while not folder.is_dir():
+def appears(path: Path) -> bool:
+    """Whether `path` exists, or this machine sees it within the time that a network file system may take."""
+    deadline = time.monotonic() + SHARED_TIMEOUT_S
+    while not path.exists():
         if time.monotonic() > deadline:
-            raise FileNotFoundError(
-                f"rank {rank} does not see {folder}, which rank 0 has made: the machines do not share it"
-            )
+            return False
         time.sleep(0.1)
+    return True
 
 
 def _require_step(directory: Path, step: int) -> None:

@@ -192,7 +192,7 @@ class Loop:
                     self.save(state)
                     self.checkpointer.wait()
                     self.console.message(
-                        f"stopped at step {self.step}, saved, since the tokens after it cannot be read"
+                        f"stopped at step {self.step}, saved, since the next tokens cannot be read"
                     )
             raise
 

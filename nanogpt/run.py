@@ -13,14 +13,13 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from nanogpt import command, doctor, optim, perf, sharding, tree
-from nanogpt.checkpoint import CHECKPOINTS, FOLDER_TIMEOUT_S, Checkpointer, load_params
+from nanogpt.checkpoint import CHECKPOINTS, Checkpointer, appears, load_params
 from nanogpt.config import RunConfig
 from nanogpt.data import BatchSpec
 from nanogpt.dataset import open_dataset
@@ -95,17 +94,14 @@ def run(config: RunConfig, team: Team | None = None) -> RunResult | None:
 def check_shared(run_dir: Path, world: World) -> None:
     """Raises UserError, on rank 0, unless it sees the log of every other rank: that their machines share the
     folder, which only the first checkpoint would notice."""
-    deadline = time.monotonic() + FOLDER_TIMEOUT_S
     for rank in range(1, world.size if world.rank == 0 else 0):
         log = run_dir / LOGS / f"rank-{rank}.log"
-        while not log.exists():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{log} of rank {rank} is not to be seen here, expected that all ranks see the same "
-                    f"{run_dir}, where each writes its part of a checkpoint; choose a --run-dir that their "
-                    "machines share"
-                )
-            time.sleep(0.1)
+        if not appears(log):
+            raise UserError(
+                f"{log} of rank {rank} is not to be seen here, expected that all ranks see the same "
+                f"{run_dir}, where each writes its part of a checkpoint; choose a --run-dir that their "
+                "machines share"
+            )
 
 
 def run_here(config: RunConfig, team: Team) -> RunResult | None:

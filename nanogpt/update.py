@@ -9,7 +9,7 @@ from nanogpt import optim, sharding, tree
 from nanogpt.errors import UserError
 from nanogpt.graph import as_one_graph
 from nanogpt.model import Params
-from nanogpt.optim import OptState, Scaling, Transform, apply_updates
+from nanogpt.optim import OptState, Scaling, Transform, UpdateLeaves, apply_updates
 from nanogpt.tree import Tree
 
 Update = Callable[[Params, Tensor, OptState, Params], tuple[Params, OptState]]
@@ -47,20 +47,9 @@ def make_update_by_leaf(
     scaling: Scaling | None, elementwise: Transform, *, donate: bool, compile: bool
 ) -> Update:
     """The body of `make_update` for an optimizer in two parts."""
-
     numbers_of, update_leaves = optim.leafwise(elementwise)
     factor_of = torch.ones_like if scaling is None else scaling.factor
-
-    def update_leaf(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
-        updates = tree.map(lambda g: g * factor, grads)
-        updates, new_opt_state = update_leaves(updates, opt_state, params, numbers)
-        new = apply_updates(params, updates), new_opt_state
-        if donate and tree.hands_on((params, opt_state), new):  # Inductor 2.13 drops the copies this needs
-            raise UserError(
-                "an elementwise transform hands a leaf on to another place, which a donated step cannot; "
-                "make it a Transform, or the step with donate=False"
-            )
-        return tree.overwrite_slots((params, opt_state), new, params) if donate else new
+    update_leaf = make_update_of_a_leaf(update_leaves, donate=donate)
 
     def update_slots(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
         return tree.only_slots(update_leaf(factor, numbers, grads, opt_state, params), params)
@@ -68,13 +57,8 @@ def make_update_by_leaf(
     # dynamic=False: only the mark below says which size may vary, not what earlier leaves looked like.
     compiled = as_one_graph(update_slots, dynamic=False) if compile else update_slots
 
-    def in_a_row(leaf: Tensor) -> Tensor:
-        if not leaf.is_contiguous():
-            raise UserError(
-                f"a leaf of shape {list(leaf.shape)} has the strides {list(leaf.stride())}, expected a "
-                f"contiguous one; call .contiguous() on the parameters that a state starts with"
-            )
-        row = leaf.view(-1)
+    def row_of(leaf: Tensor) -> Tensor:
+        row = in_a_row(leaf)
         if compile:
             torch._dynamo.maybe_mark_dynamic(row, 0)  # one graph for any number of elements
         return row
@@ -84,8 +68,8 @@ def make_update_by_leaf(
         old = (params, opt_state if scaling is None else opt_state[1:])
         numbers = numbers_of(old[1], params)
         own_old = sharding.local(old)
-        flat = tree.map(in_a_row, own_old)
-        flat_grads = tree.map(lambda leaf: in_a_row(leaf.contiguous()), sharding.local(grads))
+        flat = tree.map(row_of, own_old)
+        flat_grads = tree.map(lambda leaf: row_of(leaf.contiguous()), sharding.local(grads))
         parts = tree.split((numbers, flat_grads, flat[1], flat[0]), params)
         # What is shared by all leaves, such as a count, is updated once, on one spare element of a leaf.
         beside = tree.map(lambda part: part[:1].clone() if part.ndim else part, next(iter(parts.values())))
@@ -104,3 +88,33 @@ def make_update_by_leaf(
 
     # An eager update that makes new leaves can be differentiated, by a learning rate for instance.
     return torch.no_grad()(update) if donate or compile else update
+
+
+def make_update_of_a_leaf(update_leaves: UpdateLeaves, *, donate: bool) -> Callable[..., Tree]:
+    """`(factor, numbers, grads, opt_state, params) -> (params, opt_state)` for trees of one leaf.
+
+    With `donate` the leaf and its slots are overwritten; what it shares with other leaves is not.
+    """
+
+    def update_leaf(factor: Tensor, numbers: Tree, grads: Params, opt_state: OptState, params: Params):
+        updates = tree.map(lambda g: g * factor, grads)
+        updates, new_opt_state = update_leaves(updates, opt_state, params, numbers)
+        new = apply_updates(params, updates), new_opt_state
+        if donate and tree.hands_on((params, opt_state), new):  # Inductor 2.13 drops the copies this needs
+            raise UserError(
+                "an elementwise transform hands a leaf on to another place, which a donated step cannot; "
+                "make it a Transform, or the step with donate=False"
+            )
+        return tree.overwrite_slots((params, opt_state), new, params) if donate else new
+
+    return update_leaf
+
+
+def in_a_row(leaf: Tensor) -> Tensor:
+    """The leaf's elements in one dimension, in the same memory. Raises UserError if it is not contiguous."""
+    if not leaf.is_contiguous():
+        raise UserError(
+            f"a leaf of shape {list(leaf.shape)} has the strides {list(leaf.stride())}, expected a "
+            f"contiguous one; call .contiguous() on the parameters that a state starts with"
+        )
+    return leaf.view(-1)
