@@ -148,7 +148,7 @@ def chunk_loss_and_grads(
         words = logits = F.linear(row, head, bias).float()
     top = words.amax(-1, keepdim=True)  # not torch.logsumexp: its handling of infinities costs a pass
     log_total = (words - top).exp().sum(-1, keepdim=True).log() + top
-    loss = (log_total - logits.gather(1, target[:, None])).sum()
+    loss = (log_total - words.gather(1, target[:, None])).sum()  # on a CPU a padded id is out of bounds
     one_hot = (columns == target[:, None].int()).float()
     logits_grad = (((logits - log_total).exp() - one_hot) * weight).to(row.dtype)
     return loss, logits_grad @ head, logits_grad

@@ -115,6 +115,12 @@ def test_padded_rows_of_the_head_get_no_gradient(features: Tensor, head: Tensor,
     assert head_grad[V:].count_nonzero() == 0
 
 
+def test_a_target_in_the_padding_is_out_of_bounds(features: Tensor, head: Tensor, targets: Tensor):
+    targets[0, 0] = V  # a column of the padded head that no word has
+    with pytest.raises(RuntimeError, match=f"index {V} is out of bounds"):
+        head_loss_and_grads(features, head, targets, vocab_size=V)
+
+
 def test_a_cpu_writes_no_bias_to_every_row_of_the_logits(features: Tensor, head: Tensor, targets: Tensor):
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         head_loss_and_grads(features, head, targets, vocab_size=V)
