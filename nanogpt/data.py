@@ -53,6 +53,14 @@ class BatchSpec:
     process_count: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("block_size", "batch_size", "process_count"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.process_index < self.process_count:
+            raise UserError(
+                f"process_index is {self.process_index}, expected 0 to {self.process_count - 1} for "
+                f"{self.process_count} processes"
+            )
         micro = self.block_size * self.batch_size * self.process_count
         if self.total_batch_size < 1 or self.total_batch_size % micro:
             raise UserError(
@@ -208,8 +216,10 @@ def batch_at(tokens: Tokens, step: int | Int[Tensor, ""], spec: BatchSpec) -> Ba
 
     Sequence g of a step is the same for any number of processes P; it belongs to microstep g // (P B) and
     there to process (g // B) mod P. Epochs follow each other without a gap, so a batch may hold the end of
-    one and the start of the next. Raises UserError if the tokens hold no window.
+    one and the start of the next. Raises UserError for a negative step, or if the tokens hold no window.
     """
+    if int(step) < 0:
+        raise UserError(f"got step {int(step)}, expected at least 0")
     windows = window_count(len(tokens), spec.block_size)
     if windows == 0:
         raise UserError(

@@ -150,7 +150,7 @@ def make_value_and_grad(
         def microstep(a: int):  # unannotated: torch.compile cannot trace a subscripted type here
             return grad_and_value(params, batch.inputs[a], batch.targets[a], fold_in(key, a), scale / A)
 
-        require_pairs(batch)
+        require_tokens(batch)
         A = len(batch.inputs)
         grads, total = microstep(0)
         for a in range(1, A):
@@ -170,7 +170,7 @@ def make_sharded_value_and_grad(loss: Loss, bound: sharding.Bound, mesh: DeviceM
     """
 
     def value_and_grad(params: Params, batch: Batch, key: Tensor, scale: Tensor) -> tuple[Tensor, Params]:
-        require_pairs(batch)
+        require_tokens(batch)
         A, key, total = len(batch.inputs), fold_in(key, mesh.get_rank()), torch.zeros_like(scale)
         bound.bind(params)
         for a, (inputs, targets) in enumerate(zip(*batch, strict=True)):
@@ -324,7 +324,7 @@ def make_eval_step(
         )
 
     def eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
-        require_pairs(batch)
+        require_tokens(batch)
         return torch.stack([summed_loss(params, *part) for part in zip(*batch, strict=True)]).sum()
 
     if mesh is None:
@@ -333,7 +333,7 @@ def make_eval_step(
 
     @torch.no_grad()  # FSDP2's own parameters require gradients
     def sharded_eval_step(params: Params, batch: Batch) -> Float[Tensor, ""]:
-        require_pairs(batch)
+        require_tokens(batch)
         bound.bind(params)
         losses = [bound.call(summed_loss, *part, bound.call_block) for part in zip(*batch, strict=True)]
         bound.release()
@@ -342,14 +342,16 @@ def make_eval_step(
     return sharded_eval_step
 
 
-def require_pairs(batch: Batch) -> None:
-    """Raises UserError unless each token has a target: of another shape they would pair up wrongly."""
+def require_tokens(batch: Batch) -> None:
+    """Raises UserError unless there are tokens and each has a target: other shapes pair up wrongly."""
     inputs, targets = batch
     if inputs.shape != targets.shape:
         raise UserError(
             f"the targets of a batch have shape {list(targets.shape)}, its inputs {list(inputs.shape)}, "
             f"expected [A, B, T] for both; give each token its target"
         )
+    if inputs.numel() == 0:
+        raise UserError(f"a batch of shape {list(inputs.shape)} has no tokens, expected at least one")
 
 
 def check_precision(precision: str) -> None:

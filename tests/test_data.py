@@ -485,6 +485,30 @@ def test_a_total_batch_of_nothing_is_refused():
         BatchSpec(block_size=4, batch_size=1, total_batch_size=0, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"block_size": 0}, "block_size is 0, expected at least 1"),
+        ({"batch_size": -2}, "batch_size is -2, expected at least 1"),
+        ({"process_count": 0}, "process_count is 0, expected at least 1"),
+        ({"process_index": -1}, "process_index is -1, expected 0 to 1 for 2 processes"),
+        ({"process_index": 2}, "process_index is 2, expected 0 to 1 for 2 processes"),
+    ],
+)
+def test_a_batch_of_no_sequence_or_no_process_is_refused(wrong: dict[str, int], message: str):
+    sizes = dict(block_size=4, batch_size=1, total_batch_size=64, seed=0, process_count=2)
+    with pytest.raises(UserError) as caught:
+        BatchSpec(**(sizes | wrong))
+    assert str(caught.value) == message
+
+
+def test_a_step_before_the_first_has_no_batch():
+    spec = BatchSpec(block_size=4, batch_size=1, total_batch_size=64, seed=0)
+    with pytest.raises(UserError) as caught:
+        batch_at(np.arange(100, dtype=np.uint16), -1, spec)
+    assert str(caught.value) == "got step -1, expected at least 0"
+
+
 def test_accumulation_follows_from_the_batch_and_the_processes():
     spec = BatchSpec(block_size=1024, batch_size=16, total_batch_size=524_288, seed=0, process_count=8)
     assert (spec.accumulation, spec.sequences) == (4, 512)

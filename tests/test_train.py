@@ -411,6 +411,16 @@ def test_an_unknown_precision_is_refused():
 # Evaluation
 
 
+@pytest.mark.parametrize("make_step", [make_value_and_grad, make_eval_step])
+@pytest.mark.parametrize("shape", [(0, 4, 16), (1, 0, 16)])
+def test_a_batch_without_tokens_is_refused(make_step: Any, shape: tuple[int, ...]):
+    batch = Batch(*[torch.zeros(shape, dtype=torch.int64)] * 2)
+    settings = () if make_step is make_eval_step else (torch.tensor(0), torch.tensor(1.0))
+    with pytest.raises(UserError) as caught:
+        make_step(TINY, precision="float32", compile=False)(start().params, batch, *settings)
+    assert str(caught.value) == f"a batch of shape {list(shape)} has no tokens, expected at least one"
+
+
 @pytest.mark.parametrize("shape", [(1, 16, 4), (2, 4, 16)])
 @pytest.mark.parametrize("make_step", [make_value_and_grad, make_eval_step])
 def test_targets_of_another_shape_than_the_inputs_are_refused(make_step: Any, shape: tuple[int, ...]):
