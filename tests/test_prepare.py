@@ -386,7 +386,9 @@ def test_the_folder_for_the_files_may_lie_in_the_source(out: str, documents, tmp
     before = (target / "manifest.json").stat().st_mtime_ns
     assert prepared(source, target, "--skip-bad") == plain_loop(documents)
     assert (target / "manifest.json").stat().st_mtime_ns == before
-    assert "warning: " not in capsys.readouterr().err  # as of a source that has changed
+    said = capsys.readouterr().err
+    assert "warning: " not in said  # as of a source that has changed
+    assert "left out of" not in said  # as of files of other kinds
 
 
 @pytest.fixture
@@ -740,6 +742,79 @@ def test_a_folder_of_several_kinds_is_refused(documents, tmp_path, capsys):
     (tmp_path / "b.txt").write_text("text")
     message = error_of(capsys, tmp_path, "--out", tmp_path / "out")
     assert "holds JSON lines and text, expected files of one kind" in message
+
+
+def test_files_of_other_kinds_in_a_folder_are_said_to_be_left_out(documents, tmp_path, capsys):
+    write_json_lines(tmp_path / "a.jsonl", documents)
+    for name in ("b.csv", "c.csv", "README.MD", "LICENSE", ".hidden"):
+        (tmp_path / name).write_text("text")
+    assert prepared(tmp_path, tmp_path / "out") == plain_loop(documents)
+    said = f"left out of {tmp_path}: 2 .csv, 1 .md, 1 LICENSE, expected .parquet, .jsonl or .txt"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.parquet.gz", "b.TXT.zip", "b.zip", "b.tar.gz"])
+@pytest.mark.parametrize("source", ["", "name"])
+def test_files_that_are_packed_in_other_ways_are_refused(name, source, tmp_path, capsys):
+    write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
+    (tmp_path / name).write_bytes(b"data")
+    source = tmp_path / (source and name)
+    message = error_of(capsys, source, "--out", tmp_path / "out")
+    assert f"{tmp_path / name} is packed in a way that is not read, expected .gz, .xz or .zst of" in message
+
+
+def test_endings_in_capitals_mean_the_same(documents, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_json_lines(tmp_path / "in" / "a.JSONL", documents[:300])
+    rest = write_json_lines(tmp_path / "rest.jsonl", documents[300:])
+    compressed(rest, ".gz").rename(tmp_path / "in" / "b.jsonl.GZ")
+    assert prepared(tmp_path / "in", tmp_path / "out") == plain_loop(documents)
+    assert prepared(tmp_path / "in" / "a.JSONL", tmp_path / "one") == plain_loop(documents[:300])
+    assert prepared(tmp_path / "in" / "b.jsonl.GZ", tmp_path / "other") == plain_loop(documents[300:])
+
+
+def test_linked_folders_are_read(documents, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    write_json_lines(tmp_path / "in" / "a.jsonl", documents[:300])
+    write_json_lines(tmp_path / "elsewhere" / "deep" / "b.jsonl", documents[300:])
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert prepared(tmp_path / "in", tmp_path / "out") == plain_loop(documents)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda path: path.symlink_to("nowhere"),
+            "is a link to nothing, a pipe or a device, expected a file",
+        ),
+        (os.mkfifo, "is a link to nothing, a pipe or a device, expected a file or a folder"),
+        (lambda path: path.symlink_to(path.parent), "is the same folder as {}, by a link, expected it once"),
+    ],
+)
+def test_what_in_a_folder_is_neither_a_file_nor_a_folder_is_refused(make, message, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "two"])
+    make(tmp_path / "in" / "b")
+    found = error_of(capsys, tmp_path / "in", "--out", tmp_path / "out")
+    assert f"{tmp_path / 'in' / 'b'} {message.format(tmp_path / 'in')}" in found
+
+
+def test_a_folder_in_the_source_that_cannot_be_read_is_one_sentence(tmp_path, capsys, monkeypatch):
+    listed = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name == "closed":  # permissions would not stop root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    (tmp_path / "in" / "closed").mkdir(parents=True)
+    write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "two"])
+    message = error_of(capsys, tmp_path / "in", "--out", tmp_path / "out")
+    assert "cannot read the source ([Errno 13] Permission denied: " in message
+    assert "expected it to stay where it is and readable; mend that and run the same command again" in message
 
 
 def test_no_permission_to_write_is_one_sentence(tmp_path, capsys):

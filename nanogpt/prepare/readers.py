@@ -226,8 +226,8 @@ def hub_unreachable(name: str, error: BaseException) -> UserError:
 
 def source_gone(error: OSError) -> UserError:
     return UserError(
-        f"cannot read the source ({error}), expected it to stay where it is; "
-        "bring it back and run the same command again: it continues where it was"
+        f"cannot read the source ({error}), expected it to stay where it is and readable; "
+        "mend that and run the same command again: it continues where it was"
     )
 
 
@@ -250,7 +250,7 @@ def blocks(file: BufferedIOBase, size: int) -> Iterator[bytes]:
 
 def open_stream(raw: Any, suffix: str) -> BufferedIOBase:
     """A readable file of the uncompressed bytes of `raw`, whose name ends with `suffix`."""
-    match suffix:
+    match suffix.lower():
         case ".gz":
             return gzip.open(raw)
         case ".xz":

@@ -3,6 +3,7 @@
 import codecs
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -13,7 +14,7 @@ from typing import Any, cast
 from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import SHAKESPEARE, TAIL_FRACTION
 from nanogpt.prepare.config import Options
-from nanogpt.prepare.manifest import file_name
+from nanogpt.prepare.manifest import SPLITS, file_name
 from nanogpt.prepare.readers import (
     BLOCK_BYTES,
     DAMAGED,
@@ -38,8 +39,15 @@ COMPRESSIONS = {".gz": 3.0, ".xz": 4.0, ".zst": 3.0}
 """Approximate bytes of text per byte of file, for the check of disk space and the time left."""
 PARQUET_RATIO = 1.8
 JSON_LINES, PARQUET, TEXT = "JSON lines", "parquet", "text"
+PACKED = "packed files"
+"""They may well hold texts, but are not read."""
 SINGLE_TEXT, HUB = "a single text", "a data set of the hub"
-KINDS = {".parquet": PARQUET, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".json": JSON_LINES, ".txt": TEXT}
+KINDS = {
+    ".parquet": PARQUET,
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), JSON_LINES),
+    ".txt": TEXT,
+    **dict.fromkeys((".7z", ".bz2", ".gzip", ".lz4", ".lzma", ".tar", ".tgz", ".z", ".zip", ".zstd"), PACKED),
+}
 NEEDS = {
     "limit": ("documents", {JSON_LINES, PARQUET, TEXT, HUB}),
     "split_seed": ("documents", {JSON_LINES, PARQUET, TEXT, HUB}),
@@ -155,7 +163,13 @@ def parquet_parts(names: Iterable[str], *, cached: bool) -> Iterator[tuple[Part,
 def local_source(name: str, options: Options) -> Source:
     """A file, or a folder of files of one kind, in the order of their paths."""
     root = Path(name)
-    paths = files_below(root) if root.is_dir() else [root]
+    paths = sources_below(root) if root.is_dir() else [root]
+    for path in paths:
+        if kind_of(path) == PACKED:
+            raise UserError(
+                f"{path} is packed in a way that is not read, expected .gz, .xz or .zst of .jsonl or .txt; "
+                "unpack it"
+            )
     kinds = {kind_of(path) or TEXT for path in paths}
     if len(kinds) != 1:
         found = " and ".join(sorted(kinds)) or "no file of these"
@@ -167,29 +181,59 @@ def local_source(name: str, options: Options) -> Source:
     if kind == TEXT and len(paths) == 1 and options.separator is None:
         return single_text(str(paths[0]), None, options, TAIL_FRACTION, name)
     sizes = {path: path.stat().st_size for path in paths}
-    ratio = {path: PARQUET_RATIO if kind == PARQUET else COMPRESSIONS.get(path.suffix, 1.0) for path in paths}
     return Source(
         name=name,
         kind=kind,
         source_bytes=sum(sizes.values()),
-        text_bytes=int(sum(ratio[path] * sizes[path] for path in paths)),
+        text_bytes=int(sum(text_ratio(path) * size for path, size in sizes.items())),
         identity=[file_identity(path) for path in paths],
         parts=lambda: local_parts(paths, kind, options),
     )
 
 
-def files_below(folder: Path) -> list[Path]:
-    """The files of a known kind, in the order of their paths, except those in hidden folders.
+def sources_below(folder: Path) -> list[Path]:
+    """The files in `folder` that may hold texts, in the order of their paths; says which others there are.
 
-    Also leaves out what `prepare` wrote, so that `--out` may be inside `folder`.
+    Except what `prepare` wrote, so that `--out` may be inside `folder`.
     """
+    written = {"manifest.json", *map(file_name, SPLITS)}
+    paths = [
+        path
+        for path in files_below(folder, {})
+        if not (path.name in written and path.with_name(file_name("train")).exists())
+    ]
+    if others := Counter(ending(path) or path.name for path in paths if kind_of(path) is None):
+        found = ", ".join(f"{count:,} {end}" for end, count in sorted(others.items())[:9])
+        more = ", ..." if len(others) > 9 else ""
+        sys.stderr.write(f"left out of {folder}: {found}{more}, expected .parquet, .jsonl or .txt\n")
+    return [path for path in paths if kind_of(path) is not None]
 
-    def is_source(path: Path) -> bool:
-        hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
-        prepared = path.name == "manifest.json" and path.with_name(file_name("train")).exists()
-        return kind_of(path) is not None and not hidden and not prepared and path.is_file()
 
-    return sorted(filter(is_source, folder.rglob("*")))
+def files_below(folder: Path, seen: dict[Path, Path]) -> Iterator[Path]:
+    """The files in `folder` and in the folders in it, linked ones too, by their paths; not what is hidden.
+
+    `seen` has the folders so far by their paths without links. Raises UserError for a second way to one of
+    them, which might go round for ever, and for what is neither a file nor a folder; OSError for a folder
+    that cannot be read.
+    """
+    real = folder.resolve()
+    if real in seen:
+        raise UserError(
+            f"{folder} is the same folder as {seen[real]}, by a link, expected it once; remove the link"
+        )
+    seen[real] = folder
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from files_below(path, seen)
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(
+                f"{path} is a link to nothing, a pipe or a device, expected a file or a folder; remove it, "
+                "or bring back what it links to"
+            )
 
 
 def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tuple[Part, int]]:
@@ -197,7 +241,7 @@ def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tupl
         yield from parquet_parts(map(str, paths), cached=False)
     elif kind == JSON_LINES:
         for path in paths:
-            yield from file_blocks(path, None) if path.suffix in COMPRESSIONS else json_ranges(path)
+            yield from file_blocks(path, None) if ending(path) in COMPRESSIONS else json_ranges(path)
     elif options.separator is not None:
         for path in paths:
             yield from file_blocks(path, options.separator)
@@ -216,7 +260,7 @@ def single_text(
         name=name or path,
         kind=SINGLE_TEXT,
         source_bytes=size,
-        text_bytes=int(size * COMPRESSIONS.get(Path(path).suffix, 1.0)),
+        text_bytes=int(size * text_ratio(Path(path))),
         identity=file_identity(Path(path)) if data is None else None,
         tail=fraction,
         parts=lambda: iter([(part, size)]),
@@ -333,12 +377,20 @@ def whole_texts(paths: list[Path]) -> Iterator[tuple[Part, int]]:
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind that the name implies, without a compression's suffix; None for other and hidden files."""
-    if path.name.startswith("."):
-        return None
-    inner = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    kind = KINDS.get(inner.suffix)
-    return None if kind == PARQUET and inner != path else kind
+    """The kind that the name implies, without a compression's ending; None for other files."""
+    compressed = ending(path) in COMPRESSIONS
+    kind = KINDS.get(ending(path.with_suffix("") if compressed else path))
+    return PACKED if kind == PARQUET and compressed else kind
+
+
+def text_ratio(path: Path) -> float:
+    """Approximate bytes of text per byte of the file."""
+    return PARQUET_RATIO if kind_of(path) == PARQUET else COMPRESSIONS.get(ending(path), 1.0)
+
+
+def ending(path: Path) -> str:
+    """The end of the name, in small letters, as in `.gz`."""
+    return path.suffix.lower()
 
 
 def file_identity(path: Path) -> list[Any]:
