@@ -817,6 +817,14 @@ def test_a_folder_in_the_source_that_cannot_be_read_is_one_sentence(tmp_path, ca
     assert "expected it to stay where it is and readable; mend that and run the same command again" in message
 
 
+@pytest.mark.parametrize("name", ["dump", "a.jsonl.1", "dump.gz"])
+def test_json_lines_under_an_unknown_ending_are_not_taken_for_a_text(name, tmp_path, capsys):
+    data = write_json_lines(tmp_path / "a.jsonl", ["one", "two"]).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    message = error_of(capsys, tmp_path / name, "--out", tmp_path / "out")
+    assert f"{tmp_path / name} begins with a JSON object, expected a text; give it a name that" in message
+
+
 def test_no_permission_to_write_is_one_sentence(tmp_path, capsys):
     source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / "file").write_text("not a folder")

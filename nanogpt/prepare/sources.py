@@ -11,6 +11,8 @@ from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
+
 from nanogpt.errors import UserError
 from nanogpt.prepare.bundled import SHAKESPEARE, TAIL_FRACTION
 from nanogpt.prepare.config import Options
@@ -179,6 +181,11 @@ def local_source(name: str, options: Options) -> Source:
         )
     kind = kinds.pop()
     if kind == TEXT and len(paths) == 1 and options.separator is None:
+        if kind_of(paths[0]) is None and begins_with_json(paths[0]):
+            raise UserError(
+                f"{name} begins with a JSON object, expected a text; give it a name that ends in .jsonl "
+                "for a document a line, or in .txt"
+            )
         return single_text(str(paths[0]), None, options, TAIL_FRACTION, name)
     sizes = {path: path.stat().st_size for path in paths}
     return Source(
@@ -247,6 +254,15 @@ def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tupl
             yield from file_blocks(path, options.separator)
     else:
         yield from whole_texts(paths)
+
+
+def begins_with_json(path: Path) -> bool:
+    """Whether the first line of the file is a JSON object."""
+    try:
+        with path.open("rb") as raw, open_stream(raw, path.suffix) as stream:
+            return isinstance(orjson.loads(stream.readline().removeprefix(codecs.BOM_UTF8)), dict)
+    except (ValueError, *DAMAGED):
+        return False
 
 
 def single_text(
