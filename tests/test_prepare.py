@@ -520,6 +520,36 @@ def test_a_truncated_file_is_named(suffix, documents, tmp_path, capsys):
     assert re.search(rf"{source} from line [\d,]+ on is cut short or damaged \(", message)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
+def test_a_compressed_file_without_a_byte_is_named(name, tmp_path, capsys):
+    (tmp_path / name).touch()
+    message = error_of(capsys, tmp_path / name, "--out", tmp_path / "out")
+    assert f"{tmp_path / name} is cut short or damaged (it has no bytes), expected a complete file" in message
+
+
+@pytest.mark.parametrize(
+    ("suffix", "padding"), [(".gz", 0), (".gz", 9), (".xz", 0), (".xz", 4), (".xz", 100_000), (".zst", 0)]
+)
+def test_all_streams_of_a_compressed_file_are_read(suffix, padding, documents, tmp_path):
+    source = tmp_path / f"all.jsonl{suffix}"
+    with source.open("wb") as file:
+        for i in range(0, len(documents), 100):
+            part = write_json_lines(tmp_path / "a.jsonl", documents[i : i + 100])
+            file.write(compressed(part, suffix).read_bytes() + bytes(padding))
+    assert prepared(source, tmp_path / "out") == plain_loop(documents)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("between", [b"other bytes", b"\0\0\0\0other bytes", b"\1"])
+def test_what_follows_the_first_stream_of_a_compressed_file_and_is_none_is_named(
+    suffix, between, tmp_path, capsys
+):
+    source = compressed(write_json_lines(tmp_path / "a.jsonl", ["one", "two"]), suffix)
+    source.write_bytes(source.read_bytes() + between + source.read_bytes())
+    message = error_of(capsys, source, "--out", tmp_path / "out")
+    assert re.search(rf"{source} from line \d on is cut short or damaged \(", message)
+
+
 def test_bad_rows_and_truncated_files_of_parquet_are_named(tmp_path, capsys):
     path, out = tmp_path / "a.parquet", tmp_path / "out"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 400 + [None]}), path, row_group_size=300)

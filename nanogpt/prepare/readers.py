@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedIOBase, BytesIO
+from io import DEFAULT_BUFFER_SIZE, BufferedIOBase, BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -248,15 +248,57 @@ def blocks(file: BufferedIOBase, size: int) -> Iterator[bytes]:
         yield block
 
 
-def open_stream(raw: Any, suffix: str) -> BufferedIOBase:
-    """A readable file of the uncompressed bytes of `raw`, whose name ends with `suffix`."""
+def open_stream(raw: BufferedReader, suffix: str) -> BufferedIOBase:
+    """A readable file of the uncompressed bytes of `raw`, whose name ends with `suffix`.
+
+    Raises EOFError if a compressed file is empty.
+    """
     match suffix.lower():
+        case ".gz" | ".xz" | ".zst" if not raw.peek(1):
+            raise EOFError("it has no bytes")
         case ".gz":
             return gzip.open(raw)
         case ".xz":
-            return lzma.open(raw)
+            return BufferedReader(XzStreams(raw))
         case ".zst":
             from nanogpt.prepare import arrow
 
             return arrow.open_zstandard(raw)
     return raw
+
+
+class XzStreams(RawIOBase):
+    """The uncompressed bytes of all streams in an xz file, which may have zeros after each.
+
+    `lzma.open` takes whatever else it cannot read after the first stream for the end of the file.
+    """
+
+    def __init__(self, raw: BufferedIOBase) -> None:
+        self._raw, self._stream = raw, lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed = self._next_stream()
+                if not packed:
+                    break
+                self._stream = lzma.LZMADecompressor()
+            elif self._stream.needs_input:
+                packed = self._raw.read(DEFAULT_BUFFER_SIZE)
+                if not packed:
+                    raise EOFError("it ends within a stream")
+            data = self._stream.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next_stream(self) -> bytes:
+        """What has been read beyond the last stream and its zeros; b"" at the end of the file."""
+        data = self._stream.unused_data.lstrip(b"\0")
+        while not data and (block := self._raw.read(DEFAULT_BUFFER_SIZE)):
+            data = block.lstrip(b"\0")
+        return data

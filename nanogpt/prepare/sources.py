@@ -318,10 +318,13 @@ def json_ranges(path: Path) -> Iterator[tuple[Part, int]]:
 def file_blocks(path: Path, separator: str | None) -> Iterator[tuple[Part, int]]:
     """Blocks of a file that has to be read from its start, each with the bytes of the file that it took."""
     before = 0
-    with path.open("rb") as raw, open_stream(raw, path.suffix) as stream:
-        for part in stream_blocks(stream, str(path), separator):
-            yield part, raw.tell() - before
-            before = raw.tell()
+    try:
+        with path.open("rb") as raw, open_stream(raw, path.suffix) as stream:
+            for part in stream_blocks(stream, str(path), separator):
+                yield part, raw.tell() - before
+                before = raw.tell()
+    except DAMAGED as error:  # when it is opened
+        yield Unreadable(damaged(str(path), error)), 0
 
 
 def stream_blocks(stream: BufferedIOBase, name: str, separator: str | None) -> Iterator[Part]:
