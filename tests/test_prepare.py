@@ -223,11 +223,34 @@ def test_texts_between_separators_are_documents(end, documents, tmp_path):
     assert prepared(tmp_path / "a.txt", tmp_path / "out", "--separator", "%%") == plain_loop(documents)
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_standard_input_gives_the_same_files(mark, documents, tmp_path, monkeypatch):
-    data = mark + write_json_lines(tmp_path / "a.jsonl", documents).read_bytes()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
-    assert prepared("-", tmp_path / "out") == plain_loop(documents)
+class ByteByByte(io.RawIOBase):
+    """A pipe into which a slow program writes."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return self._data.readinto(memoryview(buffer)[:1])
+
+
+@pytest.mark.parametrize("raw", [io.BytesIO, ByteByByte])
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf", b"\r\n \n"])
+def test_standard_input_gives_the_same_files(raw, begin, documents, tmp_path, monkeypatch):
+    data = begin + write_json_lines(tmp_path / "a.jsonl", documents[:300]).read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(raw(data))))
+    assert prepared("-", tmp_path / "out") == plain_loop(documents[:300])
+
+
+@pytest.mark.parametrize("raw", [io.BytesIO, ByteByByte])
+@pytest.mark.parametrize("text", ["\n\n To be", "To be {", "\n"])
+def test_a_text_piped_in_is_taken_from_its_first_character_on(raw, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(raw(text.encode()))))
+    assert run("-", "--out", tmp_path / "out", "--val-fraction", 0) == 0
+    ids = np.array([*gpt2().encode(text), 50256], "<u2")
+    assert (tmp_path / "out" / "train.bin").read_bytes() == ids.tobytes()
 
 
 def test_a_single_text_validates_on_its_end(tmp_path):

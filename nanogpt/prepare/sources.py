@@ -260,7 +260,7 @@ def begins_with_json(path: Path) -> bool:
     """Whether the first line of the file is a JSON object."""
     try:
         with path.open("rb") as raw, open_stream(raw, path.suffix) as stream:
-            return isinstance(orjson.loads(stream.readline().removeprefix(codecs.BOM_UTF8)), dict)
+            return isinstance(orjson.loads(without_blanks(stream.readline())), dict)
     except (ValueError, *DAMAGED):
         return False
 
@@ -288,10 +288,10 @@ def standard_input(stream: BufferedReader, options: Options) -> Source:
     name = "standard input"
     if options.separator is not None:
         kind, blocks = TEXT, stream_blocks(stream, name, options.separator)
-    elif stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        kind, blocks = JSON_LINES, stream_blocks(stream, name, None)
+    elif without_blanks(beginning := beginning_of(stream)).startswith(b"{"):
+        kind, blocks = JSON_LINES, stream_blocks(stream, name, None, beginning)
     else:
-        return single_text(name, stream.read(), options, TAIL_FRACTION)
+        return single_text(name, beginning + stream.read(), options, TAIL_FRACTION)
     return Source(
         name=name,
         kind=kind,
@@ -301,6 +301,21 @@ def standard_input(stream: BufferedReader, options: Options) -> Source:
         repeatable=False,
         parts=lambda: ((part, 0) for part in blocks),
     )
+
+
+def beginning_of(stream: BufferedReader) -> bytes:
+    """The next bytes of `stream` up to one that is not blank, or more: a pipe may give one at a time."""
+    data = b""
+    while codecs.BOM_UTF8.startswith(data) or not without_blanks(data):
+        if not (piece := stream.read1(BLOCK_BYTES)):
+            break
+        data += piece
+    return data
+
+
+def without_blanks(data: bytes) -> bytes:
+    """`data` without a byte order mark and blanks at its start."""
+    return data.removeprefix(codecs.BOM_UTF8).lstrip()
 
 
 def json_ranges(path: Path) -> Iterator[tuple[Part, int]]:
@@ -327,12 +342,15 @@ def file_blocks(path: Path, separator: str | None) -> Iterator[tuple[Part, int]]
         yield Unreadable(damaged(str(path), error)), 0
 
 
-def stream_blocks(stream: BufferedIOBase, name: str, separator: str | None) -> Iterator[Part]:
+def stream_blocks(
+    stream: BufferedIOBase, name: str, separator: str | None, data: bytes = b""
+) -> Iterator[Part]:
     """Blocks that end with a document: JSON lines, or text with a line `separator` between documents.
 
-    A damaged stream gives the complete documents before the damage, and then an `Unreadable`.
+    They begin with `data`, which has been read already. A damaged stream gives the complete documents before
+    the damage, and then an `Unreadable`.
     """
-    data, first_line, wanted, ended, damage = b"", 1, PART_BYTES, False, None
+    first_line, wanted, ended, damage = 1, PART_BYTES, False, None
     while not ended or data:
         if not ended:
             data, ended, damage = filled(stream, data, wanted)
