@@ -217,9 +217,12 @@ def test_a_folder_of_texts_gives_a_document_a_file(documents, tmp_path):
     assert prepared(tmp_path / "in", tmp_path / "out") == plain_loop(texts)
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("end", ["", "\n", "\n%%\n"])
-def test_texts_between_separators_are_documents(end, documents, tmp_path):
-    (tmp_path / "a.txt").write_bytes(("\n%%\n".join(documents) + end).encode())
+def test_texts_between_separators_are_documents(line_end, end, documents, tmp_path):
+    data = ("\n%%\n".join(documents) + end).replace("\n", line_end).encode()
+    (tmp_path / "a.txt").write_bytes(data)
+    documents = [text.replace("\n", line_end) for text in documents]
     assert prepared(tmp_path / "a.txt", tmp_path / "out", "--separator", "%%") == plain_loop(documents)
 
 
@@ -642,7 +645,13 @@ def test_the_parts_of_a_stream_do_not_depend_on_its_pieces(separator, glue, docu
     assert len(parts) > 5
     assert max(len(part.data) for part in parts) <= SMALL_PARTS
     assert parts == list(sources.stream_blocks(Dribble(data), "a", separator))
-    assert [text.removesuffix("\r") for text in blocks_of(io.BytesIO(data), separator)] == documents
+    assert blocks_of(io.BytesIO(data), separator) == documents
+
+
+def test_a_separator_behind_a_byte_order_mark_is_one():
+    empty, *texts = blocks_of(io.BytesIO(b"\xef\xbb\xbf%%\none\n%%\ntwo\n"), "%%")
+    assert texts == ["one", "two"]
+    assert "a line 1 is an empty document" in empty.sentence
 
 
 # jax, loaded by other tests, warns of any fork; this one sets a limit and starts another program.
@@ -684,6 +693,7 @@ def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, ca
         (["--tokenizer", "char", "--engine", "fastokens"], "expected it installed and --tokenizer gpt2"),
         (["--separator", ""], "got --separator '', expected one line that is not empty"),
         (["--separator", "a\nb"], "got --separator 'a\\nb', expected one line"),
+        (["--separator", "a\r"], "got --separator 'a\\r', expected one line"),
         (["--separator", "---"], "expected one argument, expected what"),
         (
             ["--val-fractoin", 0.1],

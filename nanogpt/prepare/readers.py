@@ -3,6 +3,7 @@
 A part is small, picklable, and the same to every process that reads it, so that any worker may have any part.
 """
 
+import codecs
 import gzip
 import json
 import lzma
@@ -79,7 +80,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Separated:
-    """Text in which a line `separator` stands between documents."""
+    """Text in which a line `separator` stands between documents, which end before the line end before it."""
 
     name: str
     data: bytes
@@ -88,12 +89,15 @@ class Separated:
 
     def documents(self, column: str) -> Iterator[Document]:
         lines = self.data.removesuffix(b"\n").split(b"\n")
-        ends = [i for i, line in enumerate(lines) if line.rstrip(b"\r") == self.separator] + [len(lines)]
+        ends = [i for i, line in enumerate(lines) if self._separates(line)] + [len(lines)]
         starts = [0] + [end + 1 for end in ends[:-1]]
         for start, end in zip(starts, ends, strict=True):
-            raw = b"\n".join(lines[start:end])
+            raw = b"\n".join(lines[start:end]).removesuffix(b"\r")
             if end < len(lines) or raw.strip():
                 yield decoded(raw, partial("{} line {:,}".format, self.name, self.first_line + start))
+
+    def _separates(self, line: bytes) -> bool:
+        return line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r") == self.separator
 
 
 @dataclass(frozen=True)

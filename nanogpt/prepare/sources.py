@@ -101,7 +101,7 @@ class Source:
 
 def find_source(name: str, options: Options) -> Source:
     """The source called `name`. Raises UserError if there is none or its files cannot be used."""
-    if options.separator is not None and (not options.separator or "\n" in options.separator):
+    if options.separator is not None and not re.fullmatch(r"[^\r\n]+", options.separator):
         raise UserError(
             f"got --separator {options.separator!r}, expected one line that is not empty; "
             "choose one, or leave the flag out for a document a file"
