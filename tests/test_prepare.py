@@ -198,6 +198,16 @@ def test_parquet_gives_the_same_files(documents, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9.parquet"), "file:a.parquet", "~/a.parquet"])
+def test_parquet_may_have_any_name(name, documents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/nowhere")
+    Path("~").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), "written")
+    Path("written").rename(name)
+    assert prepared(name, tmp_path / "out") == plain_loop(documents)
+
+
 def test_a_folder_of_files_gives_the_files_of_their_documents_in_the_order_of_their_names(
     documents, tmp_path
 ):
@@ -594,6 +604,15 @@ def test_a_row_of_parquet_that_is_not_utf_8_is_named(tmp_path, capsys):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=200)
     message = error_of(capsys, path, "--out", tmp_path / "out")
     assert f"{path} row 300 has 0xe9 at byte 3, expected UTF-8" in message
+
+
+def test_parquet_with_a_column_whose_name_is_not_utf_8_is_named(tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["a"], "cafX": ["b"]})
+    pyarrow.parquet.write_table(table, path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"cafX", b"caf\xe9"))
+    message = error_of(capsys, path, "--out", tmp_path / "out")
+    assert f"{path} is cut short or damaged ('utf-8' codec can't decode byte 0xe9 in position 3" in message
 
 
 def test_a_damaged_page_of_parquet_is_named_with_the_row_where_it_begins(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,9 @@ from nanogpt.prepare.readers import (
 )
 
 HUB = "hf://"
-READ_ERRORS = (pyarrow.ArrowException, EOFError, OSError, httpx2.HTTPError)
+AWAY = (OSError, httpx2.HTTPError)
+"""What is raised if the hub or the disk went away; of pyarrow also for bytes that do not decompress."""
+READ_ERRORS = (pyarrow.ArrowException, EOFError, UnicodeDecodeError, *AWAY)
 BATCH_ROWS = 64
 """Rows in memory at once: few, because a row may be a book; for pages also faster than 256 or 1,000."""
 
@@ -85,7 +88,7 @@ def column_values(part: Rows, column: str) -> Iterator[Any]:
 
 def unreadable(name: str, error: BaseException, place: str) -> Bad:
     """What is wrong with the file. Raises if the file may be sound, but the hub or the disk went away."""
-    if name.startswith(HUB) and not isinstance(error, pyarrow.ArrowException | EOFError):
+    if name.startswith(HUB) and isinstance(error, AWAY):
         raise hub_unreachable(name, error) from error
     if isinstance(error, OSError) and error.errno is not None:
         raise error
@@ -102,7 +105,9 @@ def python_values(values: pyarrow.Array) -> list[Any]:
 
 def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
     """A file on this machine, or `hf://...` on the hub."""
-    return open_hub_parquet(name, cached) if name.startswith(HUB) else pq.ParquetFile(name)
+    if name.startswith(HUB):
+        return open_hub_parquet(name, cached)
+    return pq.ParquetFile(pyarrow.OSFile(os.fsencode(name)))  # which takes no name for an address
 
 
 @functools.lru_cache(maxsize=2)
