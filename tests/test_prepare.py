@@ -548,6 +548,20 @@ def test_bad_documents_are_counted_and_left_out_on_request(tmp_path, capsys):
     assert sum(read_manifest(tmp_path / "out").skipped.values()) == len(BAD_LINES)
 
 
+def test_the_number_of_a_bad_line_is_not_looked_for_unless_it_is_said(tmp_path):
+    """For each of many it would be looked for from the start of the file."""
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "one"}\n{\n{"body": "two"}\n{"text": ""}\n')
+    ((part, _),) = sources.json_ranges(source)
+    documents = part.documents("text")
+    assert next(documents) == "one"
+    source.rename(tmp_path / "b.jsonl")
+    bad = list(documents)
+    assert [each.reason for each in bad] == ["broken JSON", "missing column", "empty"]
+    (tmp_path / "b.jsonl").rename(source)
+    assert bad[-1].sentence == f"{source} line 4 is an empty document, expected at least one character"
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_a_truncated_file_is_named(suffix, documents, tmp_path, capsys):
     source = compressed(write_json_lines(tmp_path / "a.jsonl", documents), suffix)

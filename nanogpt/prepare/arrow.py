@@ -76,7 +76,7 @@ def column_values(part: Rows, column: str) -> Iterator[Any]:
     try:
         file = open_parquet(part.name, part.cached)
         if column not in file.schema_arrow.names:
-            yield missing_column(part.name, file.schema_arrow.names, column)
+            yield missing_column(partial(str, part.name), file.schema_arrow.names, column)
             return
         for batch in file.iter_batches(BATCH_ROWS, list(part.groups), [column], use_threads=False):
             yield from python_values(batch.column(0))

@@ -30,8 +30,15 @@ class Bad:
 
     reason: str
     """What `--skip-bad` counts it as."""
-    sentence: str
-    """What the user reads without `--skip-bad`: where it is, what was found and what was expected."""
+    place: Callable[[], str]
+    """Where it is; to find that out may mean reading all that comes before."""
+    fault: str
+    """What was found and what was expected."""
+
+    @property
+    def sentence(self) -> str:
+        """What the user reads without `--skip-bad`."""
+        return f"{self.place()} {self.fault}"
 
 
 Document = str | Bad
@@ -156,11 +163,11 @@ def json_text(line: bytes, column: str, place: Callable[[], str]) -> Document:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Bad("broken JSON", f"{place()} is not JSON ({error}), expected one object a line")
+        return Bad("broken JSON", place, f"is not JSON ({error}), expected one object a line")
     if not isinstance(row, dict):
-        return Bad("broken JSON", f"{place()} holds {kind_name(row)}, expected one JSON object a line")
+        return Bad("broken JSON", place, f"holds {kind_name(row)}, expected one JSON object a line")
     if column not in row:
-        return missing_column(place(), list(row), column)
+        return missing_column(place, list(row), column)
     return usable(row[column], place)
 
 
@@ -184,14 +191,14 @@ def text_of(value: Any, place: Callable[[], str]) -> Document:
 
 def undecodable(error: UnicodeDecodeError, place: Callable[[], str]) -> Bad:
     at, byte = error.start, error.object[error.start]
-    return Bad("undecodable bytes", f"{place()} has 0x{byte:02x} at byte {at:,}, expected UTF-8")
+    return Bad("undecodable bytes", place, f"has 0x{byte:02x} at byte {at:,}, expected UTF-8")
 
 
 def usable(value: Any, place: Callable[[], str]) -> Document:
     """`value` if it is a text that is not empty, else what is wrong with it."""
     if not isinstance(value, str):
-        return Bad("not a text", f"{place()} holds {kind_name(value)}, expected a text")
-    return value or Bad("empty", f"{place()} is an empty document, expected at least one character")
+        return Bad("not a text", place, f"holds {kind_name(value)}, expected a text")
+    return value or Bad("empty", place, "is an empty document, expected at least one character")
 
 
 def kind_name(value: Any) -> str:
@@ -212,13 +219,15 @@ def kind_name(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def missing_column(place: str, columns: list[str], column: str) -> Bad:
+def missing_column(place: Callable[[], str], columns: list[str], column: str) -> Bad:
     found = ", ".join(columns) or "no columns"
-    return Bad("missing column", f"{place} has {found}, expected {column!r} (set --text-column)")
+    return Bad("missing column", place, f"has {found}, expected {column!r} (set --text-column)")
 
 
 def damaged(place: str, error: BaseException) -> Bad:
-    return Bad("damaged file", f"{place} is cut short or damaged ({error}), expected a complete file")
+    return Bad(
+        "damaged file", partial(str, place), f"is cut short or damaged ({error}), expected a complete file"
+    )
 
 
 def hub_unreachable(name: str, error: BaseException) -> UserError:
