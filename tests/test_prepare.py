@@ -612,6 +612,14 @@ def test_bad_rows_and_truncated_files_of_parquet_are_named(tmp_path, capsys):
     assert f"{path} is cut short or damaged" in error_of(capsys, path, "--out", out)
 
 
+def test_every_row_without_the_column_is_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "in" / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["text"] * 700}), tmp_path / "in" / "b.parquet")
+    assert prepared(tmp_path / "in", tmp_path / "out", "--skip-bad") == plain_loop(["one", "two"])
+    assert read_manifest(tmp_path / "out").skipped == {"missing column": 700}
+
+
 def test_a_row_of_parquet_that_is_not_utf_8_is_named(tmp_path, capsys):
     path = tmp_path / "a.parquet"
     texts = pyarrow.array([b"a"] * 300 + [b"caf\xe9"]).view(pyarrow.string())

@@ -76,7 +76,8 @@ def column_values(part: Rows, column: str) -> Iterator[Any]:
     try:
         file = open_parquet(part.name, part.cached)
         if column not in file.schema_arrow.names:
-            yield missing_column(partial(str, part.name), file.schema_arrow.names, column)
+            rows = sum(file.metadata.row_group(group).num_rows for group in part.groups)
+            yield from [missing_column(partial(str, part.name), file.schema_arrow.names, column)] * rows
             return
         for batch in file.iter_batches(BATCH_ROWS, list(part.groups), [column], use_threads=False):
             yield from python_values(batch.column(0))
