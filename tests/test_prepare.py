@@ -732,9 +732,10 @@ def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, ca
         (["--limit", 1, "--val-fraction", 0.5], "got 1 documents of which 1 would validate"),
         (["--split-seed", -1], "got --split-seed -1, expected 0 or more"),
         (["--tokenizer", "char", "--engine", "fastokens"], "expected it installed and --tokenizer gpt2"),
-        (["--separator", ""], "got --separator '', expected one line that is not empty"),
+        (["--separator", ""], "got --separator '', expected one line of UTF-8 that is not empty"),
         (["--separator", "a\nb"], "got --separator 'a\\nb', expected one line"),
         (["--separator", "a\r"], "got --separator 'a\\r', expected one line"),
+        (["--separator", os.fsdecode(b"\xe9")], "got --separator '\\udce9', expected one line of UTF-8"),
         (["--separator", "---"], "expected one argument, expected what"),
         (
             ["--val-fractoin", 0.1],

@@ -101,9 +101,9 @@ class Source:
 
 def find_source(name: str, options: Options) -> Source:
     """The source called `name`. Raises UserError if there is none or its files cannot be used."""
-    if options.separator is not None and not re.fullmatch(r"[^\r\n]+", options.separator):
+    if options.separator is not None and not re.fullmatch(r"[^\r\n\ud800-\udfff]+", options.separator):
         raise UserError(
-            f"got --separator {options.separator!r}, expected one line that is not empty; "
+            f"got --separator {options.separator!r}, expected one line of UTF-8 that is not empty; "
             "choose one, or leave the flag out for a document a file"
         )
     try:
