@@ -930,6 +930,12 @@ def test_json_lines_under_an_unknown_ending_are_not_taken_for_a_text(name, tmp_p
     assert f"{tmp_path / name} begins with a JSON object, expected a text; give it a name that" in message
 
 
+def test_a_file_beside_its_compressed_copy_is_not_read_twice(documents, tmp_path, capsys):
+    compressed(write_json_lines(tmp_path / "a.jsonl", documents), ".gz")
+    message = error_of(capsys, tmp_path, "--out", tmp_path / "out")
+    assert f"{tmp_path} holds a.jsonl and a.jsonl.gz, expected one of them" in message
+
+
 def test_no_permission_to_write_is_one_sentence(tmp_path, capsys):
     source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
     (tmp_path / "file").write_text("not a folder")

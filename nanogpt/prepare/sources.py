@@ -166,20 +166,7 @@ def local_source(name: str, options: Options) -> Source:
     """A file, or a folder of files of one kind, in the order of their paths."""
     root = Path(name)
     paths = sources_below(root) if root.is_dir() else [root]
-    for path in paths:
-        if kind_of(path) == PACKED:
-            raise UserError(
-                f"{path} is packed in a way that is not read, expected .gz, .xz or .zst of .jsonl or .txt; "
-                "unpack it"
-            )
-    kinds = {kind_of(path) or TEXT for path in paths}
-    if len(kinds) != 1:
-        found = " and ".join(sorted(kinds)) or "no file of these"
-        raise UserError(
-            f"{name} holds {found}, expected files of one kind: .parquet, .jsonl or .txt, the last two also "
-            "as .gz, .xz or .zst; name a file, or a folder of one kind"
-        )
-    kind = kinds.pop()
+    kind = common_kind(name, paths)
     if kind == TEXT and len(paths) == 1 and options.separator is None:
         if kind_of(paths[0]) is None and begins_with_json(paths[0]):
             raise UserError(
@@ -196,6 +183,30 @@ def local_source(name: str, options: Options) -> Source:
         identity=[file_identity(path) for path in paths],
         parts=lambda: local_parts(paths, kind, options),
     )
+
+
+def common_kind(name: str, paths: list[Path]) -> str:
+    """The kind of these files. Raises UserError if there are several, or none, or two copies of a file."""
+    read: dict[Path, Path] = {}
+    for path in paths:
+        if kind_of(path) == PACKED:
+            raise UserError(
+                f"{path} is packed in a way that is not read, expected .gz, .xz or .zst of .jsonl or .txt; "
+                "unpack it"
+            )
+        other = read.setdefault(uncompressed(path), path)
+        if other is not path:
+            raise UserError(
+                f"{path.parent} holds {other.name} and {path.name}, expected one of them; remove the other"
+            )
+    kinds = {kind_of(path) or TEXT for path in paths}
+    if len(kinds) != 1:
+        found = " and ".join(sorted(kinds)) or "no file of these"
+        raise UserError(
+            f"{name} holds {found}, expected files of one kind: .parquet, .jsonl or .txt, the last two also "
+            "as .gz, .xz or .zst; name a file, or a folder of one kind"
+        )
+    return kinds.pop()
 
 
 def sources_below(folder: Path) -> list[Path]:
@@ -415,9 +426,14 @@ def whole_texts(paths: list[Path]) -> Iterator[tuple[Part, int]]:
 
 def kind_of(path: Path) -> str | None:
     """The kind that the name implies, without a compression's ending; None for other files."""
-    compressed = ending(path) in COMPRESSIONS
-    kind = KINDS.get(ending(path.with_suffix("") if compressed else path))
-    return PACKED if kind == PARQUET and compressed else kind
+    plain = uncompressed(path)
+    kind = KINDS.get(ending(plain))
+    return PACKED if kind == PARQUET and plain != path else kind
+
+
+def uncompressed(path: Path) -> Path:
+    """`path` without a compression's ending."""
+    return path.with_suffix("") if ending(path) in COMPRESSIONS else path
 
 
 def text_ratio(path: Path) -> float:
