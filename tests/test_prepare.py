@@ -851,8 +851,9 @@ def test_a_folder_of_several_kinds_is_refused(documents, tmp_path, capsys):
 
 def test_files_of_other_kinds_in_a_folder_are_said_to_be_left_out(documents, tmp_path, capsys):
     write_json_lines(tmp_path / "a.jsonl", documents)
-    for name in ("b.csv", "c.csv", "README.MD", "LICENSE", ".hidden"):
+    for name in ("b.csv", "README.MD", "LICENSE", ".hidden"):
         (tmp_path / name).write_text("text")
+    (tmp_path / "c.csv").symlink_to("b.csv")
     assert prepared(tmp_path, tmp_path / "out") == plain_loop(documents)
     said = f"left out of {tmp_path}: 2 .csv, 1 .md, 1 LICENSE, expected .parquet, .jsonl or .txt"
     assert said in capsys.readouterr().err
@@ -895,15 +896,23 @@ def test_linked_folders_are_read(documents, tmp_path):
             "is a link to nothing, a pipe or a device, expected a file",
         ),
         (os.mkfifo, "is a link to nothing, a pipe or a device, expected a file or a folder"),
-        (lambda path: path.symlink_to(path.parent), "is the same folder as {}, by a link, expected it once"),
+        (lambda path: path.symlink_to(path.parent), "is {} once more, by a link, expected it once"),
+        (
+            lambda path: path.symlink_to("a.jsonl"),
+            "is {}/a.jsonl once more, by a link, expected it once; rem",
+        ),
+        (
+            lambda path: path.symlink_to("b.jsonl"),
+            "is a link to nothing, a pipe or a device, expected a file or a f",
+        ),
     ],
 )
-def test_what_in_a_folder_is_neither_a_file_nor_a_folder_is_refused(make, message, tmp_path, capsys):
+def test_what_in_a_folder_is_no_file_or_folder_of_its_own_is_refused(make, message, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     write_json_lines(tmp_path / "in" / "a.jsonl", ["one", "two"])
-    make(tmp_path / "in" / "b")
+    make(tmp_path / "in" / "b.jsonl")
     found = error_of(capsys, tmp_path / "in", "--out", tmp_path / "out")
-    assert f"{tmp_path / 'in' / 'b'} {message.format(tmp_path / 'in')}" in found
+    assert f"{tmp_path / 'in' / 'b.jsonl'} {message.format(tmp_path / 'in')}" in found
 
 
 def test_a_folder_in_the_source_that_cannot_be_read_is_one_sentence(tmp_path, capsys, monkeypatch):

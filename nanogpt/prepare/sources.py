@@ -1,6 +1,7 @@
 """What the user named: a hub data set, files, standard input or the bundled text, as numbered parts."""
 
 import codecs
+import os
 import re
 import sys
 from collections import Counter
@@ -217,7 +218,7 @@ def sources_below(folder: Path) -> list[Path]:
     written = {"manifest.json", *map(file_name, SPLITS)}
     paths = [
         path
-        for path in files_below(folder, {})
+        for path in files_below(folder, os.path.realpath(folder), {})
         if not (path.name in written and path.with_name(file_name("train")).exists())
     ]
     if others := Counter(ending(path) or path.name for path in paths if kind_of(path) is None):
@@ -227,31 +228,28 @@ def sources_below(folder: Path) -> list[Path]:
     return [path for path in paths if kind_of(path) is not None]
 
 
-def files_below(folder: Path, seen: dict[Path, Path]) -> Iterator[Path]:
-    """The files in `folder` and in the folders in it, linked ones too, by their paths; not what is hidden.
+def files_below(path: Path, real: str, seen: dict[str, Path]) -> Iterator[Path]:
+    """The file `path`, or the files in that folder and all folders in it, by their paths; not hidden ones.
 
-    `seen` has the folders so far by their paths without links. Raises UserError for a second way to one of
-    them, which might go round for ever, and for what is neither a file nor a folder; OSError for a folder
-    that cannot be read.
+    Links are followed; `real` is `path` without them, and `seen` has what was found before, by such paths.
+    Raises UserError for texts that are found twice, as if links go round, and for what is no file or folder;
+    OSError for a folder that cannot be read.
     """
-    real = folder.resolve()
-    if real in seen:
+    first = seen.setdefault(real, path)
+    if first is not path and (path.is_dir() or kind_of(path) is not None):
+        raise UserError(f"{path} is {first} once more, by a link, expected it once; remove the link")
+    if path.is_dir():
+        for inner in sorted(path.iterdir()):
+            if not inner.name.startswith("."):
+                inner_real = os.path.realpath(inner) if inner.is_symlink() else os.path.join(real, inner.name)
+                yield from files_below(inner, inner_real, seen)
+    elif path.is_file():
+        yield path
+    else:
         raise UserError(
-            f"{folder} is the same folder as {seen[real]}, by a link, expected it once; remove the link"
+            f"{path} is a link to nothing, a pipe or a device, expected a file or a folder; remove it, "
+            "or bring back what it links to"
         )
-    seen[real] = folder
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from files_below(path, seen)
-        elif path.is_file():
-            yield path
-        else:
-            raise UserError(
-                f"{path} is a link to nothing, a pipe or a device, expected a file or a folder; remove it, "
-                "or bring back what it links to"
-            )
 
 
 def local_parts(paths: list[Path], kind: str, options: Options) -> Iterator[tuple[Part, int]]:
