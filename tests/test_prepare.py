@@ -658,7 +658,7 @@ def blocks_of(stream: io.BufferedIOBase, separator: str | None = None) -> list[D
     return [document for part in parts for document in part.documents("text")]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_the_documents_before_a_damage_are_read(suffix, documents, tmp_path):
     source = compressed(write_json_lines(tmp_path / "a.jsonl", documents), suffix)
     source.write_bytes(source.read_bytes()[:-300])

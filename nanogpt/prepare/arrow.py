@@ -29,6 +29,8 @@ AWAY = (OSError, httpx2.HTTPError)
 READ_ERRORS = (pyarrow.ArrowException, EOFError, UnicodeDecodeError, *AWAY)
 BATCH_ROWS = 64
 """Rows in memory at once: few, because a row may be a book; for pages also faster than 256 or 1,000."""
+ZSTANDARD_BYTES = 1 << 16
+"""Bytes asked of a zstandard file at once: where it is cut short, pyarrow gives all of them or none."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self._stream.read(len(buffer))
+            data = self._stream.read(min(len(buffer), ZSTANDARD_BYTES))
         except OSError as error:
             if error.errno is not None:
                 raise
