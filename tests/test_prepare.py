@@ -289,6 +289,15 @@ def test_characters_follow_each_other_without_an_end_of_text(documents, tmp_path
     assert run("verify", tmp_path / "out") == 0
 
 
+def test_halves_of_surrogate_pairs_in_two_documents_are_no_characters_of_the_alphabet(tmp_path):
+    """In a set they stand in an order that varies from process to process, and some side by side."""
+    halves = [f'{{"text": "a\\u{half:04x}"}}\n' for half in range(0xDBF0, 0xDC10)]
+    (tmp_path / "a.jsonl").write_text("".join(halves))
+    files = prepared(tmp_path / "a.jsonl", tmp_path / "out", "--tokenizer", "char", "--val-fraction", 0)
+    assert read_manifest(tmp_path / "out").tokenizer["alphabet"] == "a\ufffd"
+    assert files["train.bin"] == np.array([0, 1] * len(halves), "<u2").tobytes()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "char"])
 def test_the_bundled_text_is_prepared_once_and_as_the_command_prepares_it(name: str, tmp_path):
     folder = ensure_bundled(name)

@@ -41,7 +41,7 @@ from nanogpt.prepare.progress import Progress
 from nanogpt.prepare.readers import Bad
 from nanogpt.prepare.shards import Job, Record, encode_all, read_shard, readable
 from nanogpt.prepare.sources import NEEDS, Source, find_source
-from nanogpt.tokenizer import Tokenizer, characters, gpt2
+from nanogpt.tokenizer import Tokenizer, characters, gpt2, without_surrogates
 from nanogpt.units import format_bytes
 
 BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
@@ -220,7 +220,7 @@ def characters_of(source: Source, config: PrepareConfig) -> Tokenizer:
     alphabet: set[str] = set()
     documents = chain.from_iterable(readable(shard.part, config.text_column) for shard in source.shards())
     for document in islice((d for d in documents if not isinstance(d, Bad)), config.limit):
-        alphabet.update(document)
+        alphabet.update(without_surrogates(document))  # else halves of two documents might become a pair
     return characters("".join(alphabet))
 
 
