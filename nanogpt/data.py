@@ -345,7 +345,7 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); prepare the folder again or remove the manifest"
         ) from error

@@ -81,7 +81,7 @@ def read_about(run_dir: Path) -> dict[str, Any] | None:
         if about["config"].keys() and about["data_hash"]:
             return about
         raise KeyError("config")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not what a run wrote ({type(error).__name__}: {error}); "
             f"move it away (each checkpoint holds the same) or choose another --run-dir"

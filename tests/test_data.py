@@ -518,8 +518,9 @@ def test_a_folder_of_nanogpt_has_no_manifest(tmp_path: Path):
     assert read_manifest(tmp_path) is None
 
 
-def test_a_broken_manifest_is_refused(tmp_path: Path):
-    (tmp_path / "manifest.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 200_000])
+def test_a_broken_manifest_is_refused(text: str, tmp_path: Path):
+    (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(
         UserError, match=r"manifest\.json cannot be read \(.*\); prepare the folder again or remove"
     ):

@@ -461,7 +461,7 @@ def test_a_run_directory_with_other_data(refused: Callable[..., str], go: Go, tm
     assert "was trained on other data than" in refused(data__path=tmp_path / "data")
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config": 1}', '{"config": {}}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 200_000, '{"config": 1}', '{"config": {}}'])
 def test_a_damaged_config_json(refused: Callable[..., str], tmp_path: Path, damage: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(damage)

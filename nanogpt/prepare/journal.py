@@ -127,7 +127,7 @@ def read_job(out: Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not JSON ({error}), expected what a run left; delete {path.parent}"
         ) from error
@@ -137,7 +137,7 @@ def read_records(path: Path) -> list[Record]:
     """The records of all whole lines: one may have been cut when the process or the machine stopped."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             records.append(Record(**json.loads(line)))
     return records
 

@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} has no manifest.json, expected a folder that `python -m nanogpt.prepare` wrote; "
             "prepare the data or name another folder"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); delete it and prepare the data again") from error
     names = {field.name for field in dataclasses.fields(Manifest)}
     if not isinstance(fields, dict) or set(fields) != names or not has_expected_kinds(fields):
