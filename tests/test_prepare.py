@@ -752,6 +752,8 @@ def test_too_little_disk_space_is_found_before_the_start(documents, tmp_path, ca
         ),
         (["--val-fractoin", 0.1], "; did you mean --val-fraction?"),
         (["--workers", "two"], "argument --workers: invalid int value: 'two', expected what"),
+        ([""], "got an empty SOURCE, expected"),
+        (["--out", ""], "argument --out: got an empty name, expected what"),
         (["/dev/null"], "/dev/null is a pipe or a device, expected a file or a folder"),
         (["x" * 5000], "cannot read the source ([Errno 36] File name too long"),
     ],
@@ -1106,6 +1108,7 @@ def edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
             "is not a manifest of ver",
         ),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[" * 200_000), r"is not JSON \(maximum"),
         (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json, expected a folder that"),
     ],
 )
@@ -1146,6 +1149,28 @@ def test_inspect_names_an_id_that_is_none(tmp_path, capsys):
         file.write(b"\xff\xff")
     assert run("inspect", tmp_path / "data") == 2
     assert "train.bin holds the id 65535, expected ids below 50257; delete" in capsys.readouterr().err
+
+
+def test_inspect_names_a_vocabulary_that_is_not_the_tokenizers(tmp_path, capsys):
+    """Or it would show documents of ids that the tokenizer lacks."""
+    shutil.copytree(ensure_bundled("char"), tmp_path / "data")
+    edit_manifest(tmp_path / "data", lambda manifest: manifest.update(vocab_size=9_999))
+    assert run("inspect", tmp_path / "data") == 2
+    assert ", expected 9999 as manifest.json says; delete the folder" in capsys.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_is_printed_escaped(tmp_path):
+    """Rather than a traceback after all the work."""
+    (tmp_path / "a.txt").write_text("naïve " * 20)
+    out, environment = tmp_path / "données", os.environ | {"PYTHONIOENCODING": "ascii"}
+    for arguments, last in (
+        ([tmp_path / "a.txt", "--out", out], "donn\\xe9es: ready"),
+        (["inspect", out], "| 'na\\xefve na\\xefve <|endoftext|>'"),
+    ):
+        process = started(*arguments, env=environment)
+        shown, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert shown.endswith(f"{last}\n")
 
 
 def test_a_reader_who_has_seen_enough_ends_inspect_without_a_traceback(tmp_path):

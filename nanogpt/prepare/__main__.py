@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import gc
+import io
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,8 @@ LOOKS = {
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns the exit status."""
     command, *rest = arguments or [""]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a document may have any character
     try:
         if command in LOOKS:
             look(command, folder_argument(command, LOOKS[command], rest))
@@ -117,11 +120,18 @@ def parse(arguments: list[str]) -> PrepareConfig:
     )
 
 
+def named_folder(typed: str) -> Path:
+    """The folder of that name; `~` is the home directory, which a shell does not see in `--out=~/data`."""
+    if not typed:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("got an empty name")
+    return Path(os.path.expanduser(typed))
+
+
 def add_result_flags(parser: Parser) -> None:
     group = parser.add_argument_group("the files that are made")
     group.add_argument(
         "--out",
-        type=lambda typed: Path(os.path.expanduser(typed)),  # which a shell does not for --out=~/data
+        type=named_folder,
         required=True,
         metavar="DIR",
         help="folder for the files; created where it is missing",
@@ -205,7 +215,7 @@ def add_work_flags(parser: Parser) -> None:
 
 def folder_argument(command: str, description: str, arguments: list[str]) -> Path:
     parser = Parser(prog=f"python -m nanogpt.prepare {command}", description=description, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder that prepare wrote")
+    parser.add_argument("folder", type=named_folder, metavar="DIR", help="a folder that prepare wrote")
     return parser.parse(arguments)["folder"]
 
 

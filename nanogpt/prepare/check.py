@@ -15,7 +15,7 @@ from nanogpt.prepare.manifest import (
     has_expected_sizes,
     read_manifest,
 )
-from nanogpt.tokenizer import tokenizer_from
+from nanogpt.tokenizer import Tokenizer, tokenizer_from
 
 CHUNK_TOKENS = 1 << 22
 PERCENTILES: tuple[int, ...] = (0, 5, 25, 50, 75, 95, 100)
@@ -29,8 +29,7 @@ def verify(folder: Path) -> Manifest:
     size, the largest id, or an end of text for each document, the last of them at the end.
     """
     manifest = read_manifest(folder)
-    tokenizer = tokenizer_from(manifest.tokenizer)
-    expect(folder, "a vocabulary", tokenizer.vocab_size, manifest.vocab_size)
+    tokenizer = tokenizer_of(folder, manifest)
     for split in SPLITS:
         path = folder / file_name(split)
         size = path.stat().st_size if path.is_file() else None
@@ -51,6 +50,13 @@ def verify(folder: Path) -> Manifest:
 
 
 REMEDY = "delete the folder and prepare the data again"
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The manifest's tokenizer. Raises UserError unless its vocabulary is as large as the manifest says."""
+    tokenizer = tokenizer_from(manifest.tokenizer)
+    expect(folder, "a vocabulary", tokenizer.vocab_size, manifest.vocab_size)
+    return tokenizer
 
 
 def expect(path: Path, what: str, got: object, expected: object) -> None:
@@ -78,19 +84,20 @@ class Look:
 def inspect(folder: Path, samples: int = 3) -> tuple[Manifest, dict[str, Look]]:
     """What is in `folder`.
 
-    Raises UserError unless it is a prepared folder with the manifest's sizes, and if a document that is shown
-    has ids beyond the vocabulary.
+    Raises UserError unless it is a prepared folder with the manifest's sizes and vocabulary, and if a
+    document that is shown has ids beyond that.
     """
     manifest = read_manifest(folder)
     if not has_expected_sizes(folder, manifest):
         raise UserError(
             f"{folder} has files of other sizes than manifest.json says, expected those; {REMEDY}"
         )
-    return manifest, {split: look_at(folder / file_name(split), manifest, split, samples) for split in SPLITS}
+    tokenizer = tokenizer_of(folder, manifest)
+    looks = {s: look_at(folder / file_name(s), manifest, tokenizer, s, samples) for s in SPLITS}
+    return manifest, looks
 
 
-def look_at(path: Path, manifest: Manifest, split: str, samples: int) -> Look:
-    tokenizer = tokenizer_from(manifest.tokenizer)
+def look_at(path: Path, manifest: Manifest, tokenizer: Tokenizer, split: str, samples: int) -> Look:
     ids = token_ids(path)
     ends = np.array([ids.size] if ids.size else [], np.int64)
     if tokenizer.end_of_text is not None:

@@ -43,6 +43,8 @@ class PrepareConfig:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise UserError("got an empty SOURCE, expected text to prepare; name a file or a data set")
         fraction = self.options.val_fraction
         if fraction is not None and not 0 <= fraction < 1:
             raise UserError(
