@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -492,6 +493,22 @@ def test_another_column_may_be_named_after_the_first_was_missing(documents, tmp_
     assert prepared(path, tmp_path / "out", "--text-column", "Body Text") == plain_loop(documents)
 
 
+def test_a_run_that_has_made_nothing_leaves_nothing(tmp_path, capsys):
+    """Else the next one, whose flags are right, would be told of an unfinished run with other settings."""
+    source, out = write_json_lines(tmp_path / "a.jsonl", ["one", "two"]), tmp_path / "out"
+    for flags in ([], ["--skip-bad"]):
+        error_of(capsys, source, "--out", out, "--text-column", "tetx", *flags)
+        assert list(out.iterdir()) == []
+    assert prepared(source, out) == plain_loop(["one", "two"])
+
+
+def test_what_was_piped_in_and_cannot_be_continued_leaves_nothing(documents, tmp_path, capsys, monkeypatch):
+    data = write_json_lines(tmp_path / "a.jsonl", documents).read_bytes() + b"{broken\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
+    assert "is not JSON" in error_of(capsys, "-", "--out", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_no_documents_at_all_are_one_sentence_with_what_was_left_out(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(BAD_LINES))
     message = error_of(capsys, tmp_path / "a.jsonl", "--out", tmp_path / "out", "--skip-bad")
@@ -521,6 +538,53 @@ def test_two_processes_do_not_prepare_one_folder(documents, tmp_path, capsys):
     ):
         message = error_of(capsys, source, "--out", tmp_path / "out")
     assert "is being prepared by another process, expected one at a time" in message
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_a_folder_that_another_process_finishes_meanwhile_is_left_as_it_is(
+    tokenizer, documents, tmp_path, capsys, monkeypatch
+):
+    """Here between this one's first look at the folder and its own work."""
+    source, out = write_json_lines(tmp_path / "a.jsonl", documents), tmp_path / "out"
+
+    made: list[int] = []
+
+    def after_another(path: Path) -> shutil._ntuple_diskusage:
+        monkeypatch.undo()
+        prepared(source, out)
+        made.append((out / "train.bin").stat().st_ino)
+        return shutil.disk_usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", after_another)
+    split = ("--val-fraction", FRACTION, "--split-seed", SEED)
+    status = run(source, "--out", out, *split, "--tokenizer", tokenizer, "--engine", "tiktoken")
+    assert status == (0 if tokenizer == "gpt2" else 2)
+    assert made == [(out / "train.bin").stat().st_ino]
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "train.bin", "val.bin"]
+    if tokenizer == "char":
+        assert "of other data or settings (tokenizer 'gpt2', now 'char')" in capsys.readouterr().err
+
+
+def test_the_lock_of_a_process_that_has_just_removed_it_is_none(tmp_path, monkeypatch):
+    lock = fcntl.flock
+
+    def after_another(file: io.TextIOBase, operation: int) -> None:
+        shutil.rmtree(tmp_path / ".prepare")
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_another)
+    job = partial(open_journal, tmp_path, {"source": "a"}, engine="tiktoken", restartable=True)
+    with pytest.raises(UserError, match="is being prepared by another process"), job():
+        pass
+
+
+def test_a_file_system_without_locks_needs_none(tmp_path, monkeypatch):
+    def without_locks(file: io.TextIOBase, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
+    assert prepared(source, tmp_path / "out") == plain_loop(["one", "two"])
 
 
 BAD_LINES = {

@@ -80,6 +80,8 @@ def prepare_files(config: PrepareConfig) -> Manifest:
         restartable=source.identity is not None,
         usable=lambda record: config.skip_bad or not record.skipped,
     ) as journal:
+        if finished := finished_manifest(config, source, settings):  # by another process meanwhile
+            return finished
         records = encode(config, source, tokenizer, journal)
         documents = min(sum(record.documents for record in records), config.limit or sys.maxsize)
         if documents == 0:
@@ -93,7 +95,6 @@ def prepare_files(config: PrepareConfig) -> Manifest:
         for stale in config.out.glob(".manifest.json.*"):
             stale.unlink()  # left by a process that was killed while writing
         write_manifest(config.out, manifest)
-        journal.remove()
     return manifest
 
 
@@ -239,7 +240,6 @@ def encode(config: PrepareConfig, source: Source, tokenizer: Tokenizer, journal:
     except EnginesDifferError as error:
         what = f"{journal.engine} disagrees with tiktoken on this input ({error})"
         if not source.repeatable:
-            journal.remove()
             raise UserError(
                 f"{what}, expected the same ids, and {source.name} cannot be read a second time; "
                 "pipe it in again with --engine tiktoken, which is slower"

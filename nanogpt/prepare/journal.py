@@ -5,11 +5,12 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nanogpt.errors import UserError
 from nanogpt.prepare.manifest import file_sha256, write_atomically
@@ -29,26 +30,42 @@ def open_journal(
 ) -> "Iterator[Journal]":
     """The journal in `out`, continued if `restartable`, else new; no other process can open it meanwhile.
 
-    Keeps those of an earlier process's shards that are `usable`. Raises UserError if another process has the
-    journal open, or if it has shards of a job with other `settings`.
+    Keeps those of an earlier process's shards that are `usable`. At the end removes the journal, unless the
+    block raises and there are documents to continue with. Raises UserError if another process has the journal
+    open, or if it has shards of a job with other `settings`.
     """
     folder = out / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not has_locked(lock):
             raise UserError(
                 f"{out} is being prepared by another process, expected one at a time; "
                 "wait for it, or choose another --out"
-            ) from error
+            )
         job = read_job(out)
         journal = Journal(folder, settings, engine)
         if job is None or not restartable:
             journal.start_anew(engine)
         else:
             journal.resume(job, usable)
-        yield journal
+        is_finished = False
+        try:
+            yield journal
+            is_finished = True
+        finally:
+            if is_finished or not (restartable and any(r.documents for r in journal.records.values())):
+                shutil.rmtree(folder, ignore_errors=True)  # another process may be about to look at the lock
+
+
+def has_locked(file: TextIO) -> bool:
+    """Whether `file` is now locked until it is closed; False if another process has it, or has removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:
+        return True  # a file system without locks
 
 
 class Journal:
@@ -73,10 +90,6 @@ class Journal:
         self.records[record.index] = record
         with (self.folder / "records.jsonl").open("a") as file:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-
-    def remove(self) -> None:
-        """Remove the folder: the output is finished."""
-        shutil.rmtree(self.folder)
 
     def resume(self, job: dict[str, Any], usable: Callable[[Record], bool]) -> None:
         """Take over the usable shards whose files are as an earlier process left them.
