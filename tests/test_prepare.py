@@ -587,6 +587,31 @@ def test_a_file_system_without_locks_needs_none(tmp_path, monkeypatch):
     assert prepared(source, tmp_path / "out") == plain_loop(["one", "two"])
 
 
+@pytest.mark.parametrize("change", ["append", "replace", "add"])
+def test_a_source_that_changes_while_it_is_read_is_one_sentence(change, documents, tmp_path):
+    source = tmp_path / "in" / "a.jsonl"
+    source.parent.mkdir()
+    write_json_lines(source, documents * 10)
+    process = started(source.parent, "--out", tmp_path / "out", "--workers", 1, "--engine", "tiktoken")
+    while process.poll() is None and lines_in(journal_of(tmp_path / "out")) < 2:
+        time.sleep(0.002)
+    if change == "append":
+        with source.open("a") as file:
+            file.write('{"text": "one more"}\n')
+    elif change == "replace":
+        other = write_json_lines(tmp_path / "b", [text.upper() for text in documents] * 10)
+        other.replace(source)
+    else:
+        write_json_lines(source.parent / "b.jsonl", ["one more"])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == (
+        f"error: {source.parent} has changed while it was read, expected it to stay as it was; "
+        "run the same command again once nothing changes it"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 BAD_LINES = {
     b'{"text": "cut': "line 3 is not JSON (Unterminated string",
     b'"a text"': "line 3 holds a string, expected one JSON object a line",

@@ -83,6 +83,12 @@ def prepare_files(config: PrepareConfig) -> Manifest:
         if finished := finished_manifest(config, source, settings):  # by another process meanwhile
             return finished
         records = encode(config, source, tokenizer, journal)
+        if has_new_files(source, config):
+            journal.start_anew(journal.engine)  # or whoever brings the old files back gets shards of the new
+            raise UserError(
+                f"{source.name} has changed while it was read, expected it to stay as it was; run the same "
+                "command again once nothing changes it"
+            )
         documents = min(sum(record.documents for record in records), config.limit or sys.maxsize)
         if documents == 0:
             raise UserError(
@@ -108,6 +114,12 @@ def check_flags(config: PrepareConfig, source: Source) -> None:
                 f"got --{name.replace('_', '-')} for {source.name}, {source.kind}, expected {needed}; "
                 "leave it out"
             )
+
+
+def has_new_files(source: Source, config: PrepareConfig) -> bool:
+    """Whether the files of `source` are others now; a revision of the hub and what is piped in stay."""
+    is_local = source.revision is None and source.identity is not None
+    return is_local and find_source(config.source, config.options).identity != source.identity
 
 
 def job_settings(source: Source, tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
