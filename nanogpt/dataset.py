@@ -22,6 +22,9 @@ class Dataset(NamedTuple):
     tokenizer: Tokenizer | None
     """None if neither a manifest nor the vocabulary's size identifies it."""
     hash: str
+    """Of samples of both files: all of a small one, 1,024 blocks of a large one."""
+    sha256: dict[str, str] | None
+    """Of each whole file, as the manifest says; None if none does."""
     note: str
     """Why this folder was chosen, if the user has not named one, or what a run cannot do with it."""
 
@@ -42,7 +45,8 @@ def open_dataset(config: RunConfig) -> Dataset:
         note = "no samples: without a manifest nothing says which text its ids stand for"
     else:
         check_prompt(tokenizer, config)
-    return Dataset(folder, train, val, tokenizer, f"{fingerprint(train)}-{fingerprint(val)}", note)
+    sha256 = manifest.get("sha256") if manifest else None
+    return Dataset(folder, train, val, tokenizer, f"{fingerprint(train)}-{fingerprint(val)}", sha256, note)
 
 
 def find_folder(path: str | None) -> tuple[Path, str]:

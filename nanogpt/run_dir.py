@@ -114,7 +114,8 @@ def check_same_run(about: dict[str, Any], config: RunConfig, dataset: Dataset) -
                     f"{config.run_dir} holds a run with --{group}.{name.replace('_', '-')} {old}, now {new}; "
                     f"repeat its flags (they are in {CONFIG}) or choose another --run-dir"
                 )
-    if about["data_hash"] != dataset.hash:
+    was, now = about.get("data_sha256"), dataset.sha256  # None without a manifest, and in older runs
+    if about["data_hash"] != dataset.hash or (was and now and was != now):
         raise UserError(
             f"{config.run_dir} was trained on other data than {dataset.folder} holds; choose another "
             f"--run-dir, or go on with the data that its {CONFIG} names"
@@ -164,6 +165,7 @@ def describe(config: RunConfig, dataset: Dataset, precision: str) -> dict[str, A
         "precision": precision,
         "data": str(dataset.folder),
         "data_hash": dataset.hash,
+        "data_sha256": dataset.sha256,
         "tokenizer": dataset.tokenizer.describe() if dataset.tokenizer else None,
         "versions": {
             "nanogpt": nanogpt.__version__,

@@ -22,7 +22,7 @@ A100 = perf.Hardware(
 def plan_of_gpt2() -> Plan:
     """GPT-2 124M at its defaults on an A100, going on from step 1,000."""
     tokens = np.zeros(9_035_582_198 // 10**4, dtype=np.uint16)
-    dataset = Dataset(Path("data/owt"), tokens, tokens, None, "", "a note")
+    dataset = Dataset(Path("data/owt"), tokens, tokens, None, "", None, "a note")
     spec = BatchSpec(block_size=1024, batch_size=64, total_batch_size=524288, seed=0)
     peak_flops, source = perf.peak_flops(A100, "bfloat16")
     return Plan(RunConfig(), dataset, spec, A100, "bfloat16", True, peak_flops, source, 1000)

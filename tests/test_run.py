@@ -461,6 +461,20 @@ def test_a_run_directory_with_other_data(refused: Callable[..., str], go: Go, tm
     assert "was trained on other data than" in refused(data__path=tmp_path / "data")
 
 
+def test_a_run_directory_with_data_that_the_manifest_says_is_other(
+    refused: Callable[..., str], go: Go, tmp_path: Path
+) -> None:
+    """As where the files differ only between the blocks that are looked at. Older runs have noted nothing."""
+    data, manifest = tmp_path / "data", tmp_path / "data/manifest.json"
+    write_tokens(data, np.arange(400) % 32)
+    about = json.loads(manifest.read_text())
+    for step, hashes in enumerate(({}, {"sha256": {"train.bin": "12ab"}}), 1):
+        manifest.write_text(json.dumps(about | hashes))
+        go(tmp_path / "run", *EAGER, train__stop_after=step, data__path=data)
+    manifest.write_text(json.dumps(about | {"sha256": {"train.bin": "34cd"}}))
+    assert "was trained on other data than" in refused(data__path=data)
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 200_000, '{"config": 1}', '{"config": {}}'])
 def test_a_damaged_config_json(refused: Callable[..., str], tmp_path: Path, damage: str) -> None:
     (tmp_path / "run").mkdir()
