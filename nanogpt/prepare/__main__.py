@@ -44,9 +44,9 @@ LOOKS = {
 def main(arguments: list[str]) -> int:
     """Runs the command line and returns the exit status."""
     command, *rest = arguments or [""]
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a document may have any character
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a document may have any character
         if command in LOOKS:
             look(command, folder_argument(command, LOOKS[command], rest))
         else:
