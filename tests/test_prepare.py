@@ -520,6 +520,13 @@ def test_an_unfinished_run_is_not_continued_with_other_settings(broken_at_the_en
     assert "holds an unfinished run with other settings (text_column 'text', now 'body')" in message
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"settings": {}, "engine": "tiktoken"}'])
+def test_a_job_that_no_run_wrote_is_one_sentence(text, broken_at_the_end, tmp_path, capsys):
+    (tmp_path / "out" / ".prepare" / "job.json").write_text(text)
+    message = error_of(capsys, broken_at_the_end, "--out", tmp_path / "out")
+    assert "job.json is not what a run left, expected its settings; delete" in message
+
+
 def test_data_that_lies_there_is_never_overwritten(documents, tmp_path, capsys):
     source = write_json_lines(tmp_path / "a.jsonl", documents)
     files = prepared(source, tmp_path / "out")

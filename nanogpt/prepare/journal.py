@@ -137,13 +137,15 @@ def read_job(out: Path) -> dict[str, Any] | None:
     """The settings and the engine of the unfinished run in `out`; None if there is none."""
     path = out / FOLDER_NAME / "job.json"
     try:
-        return json.loads(path.read_bytes())
+        job = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not JSON ({error}), expected what a run left; delete {path.parent}"
-        ) from error
+    except (ValueError, RecursionError):
+        job = None
+    match job:
+        case {"engine": str(), "settings": {"source": str(), "revision": str() | None}}:
+            return job
+    raise UserError(f"{path} is not what a run left, expected its settings; delete {path.parent}")
 
 
 def read_records(path: Path) -> list[Record]:
