@@ -152,7 +152,8 @@ def open_tokens(path: Path) -> Tokens:
         size = path.stat().st_size
         if size == 0:
             raise UserError(
-                f"{path} is empty, expected uint16 tokens; prepare it again with python -m nanogpt.prepare"
+                f"{path} is empty, expected uint16 tokens; prepare it again with python -m nanogpt.prepare, "
+                "and with a --val-fraction that leaves documents for both files"
             )
         if size % TOKEN_BYTES:
             raise UserError(

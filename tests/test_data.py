@@ -392,7 +392,8 @@ def test_an_empty_file_is_refused(tmp_path: Path):
     with pytest.raises(UserError) as caught:
         open_tokens(path)
     assert str(caught.value) == (
-        f"{path} is empty, expected uint16 tokens; prepare it again with python -m nanogpt.prepare"
+        f"{path} is empty, expected uint16 tokens; prepare it again with python -m nanogpt.prepare, "
+        "and with a --val-fraction that leaves documents for both files"
     )
 
 
