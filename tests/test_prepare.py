@@ -31,6 +31,7 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 
+from nanogpt import __version__
 from nanogpt.errors import UserError
 from nanogpt.prepare import arrow, check, sources
 from nanogpt.prepare.__main__ import main, parse
@@ -435,6 +436,14 @@ def test_the_folder_for_the_files_may_lie_in_the_source(out: str, documents, tmp
     said = capsys.readouterr().err
     assert "warning: " not in said  # as of a source that has changed
     assert "left out of" not in said  # as of files of other kinds
+
+
+def test_a_manifest_names_the_programs_version_which_a_finished_folder_outlives(documents, tmp_path):
+    source = write_json_lines(tmp_path / "a.jsonl", documents)
+    files = prepared(source, tmp_path / "out")
+    assert read_manifest(tmp_path / "out").settings["program"] == __version__
+    edit_manifest(tmp_path / "out", lambda manifest: manifest["settings"].update(program="0.0.1"))
+    assert prepared(source, tmp_path / "out") == files
 
 
 @pytest.fixture

@@ -393,7 +393,7 @@ def manifest_of(
         sha256={file_name(split): file.sha256 for split, file in files.items()},
         max_token_id=max(file.max_token_id for file in files.values()),
         skipped=skipped_in(records),
-        settings=settings,
+        settings=settings | {"program": __version__},
     )
 
 
