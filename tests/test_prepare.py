@@ -19,7 +19,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ from nanogpt.prepare.engines import (
 from nanogpt.prepare.journal import open_journal
 from nanogpt.prepare.manifest import read_manifest
 from nanogpt.prepare.progress import Progress
-from nanogpt.prepare.readers import Document, open_stream
+from nanogpt.prepare.readers import Document, Part, open_stream
 from nanogpt.prepare.shards import Job, Record, encode_shard
 from nanogpt.tokenizer import characters, gpt2
 from nanogpt.units import format_seconds
@@ -604,24 +604,29 @@ def test_a_file_system_without_locks_needs_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "add"])
-def test_a_source_that_changes_while_it_is_read_is_one_sentence(change, documents, tmp_path):
+def test_a_source_that_changes_while_it_is_read_is_one_sentence(
+    change, documents, tmp_path, capsys, monkeypatch
+):
     source = tmp_path / "in" / "a.jsonl"
     source.parent.mkdir()
-    write_json_lines(source, documents * 10)
-    process = started(source.parent, "--out", tmp_path / "out", "--workers", 1, "--engine", "tiktoken")
-    while process.poll() is None and lines_in(journal_of(tmp_path / "out")) < 2:
-        time.sleep(0.002)
-    if change == "append":
-        with source.open("a") as file:
-            file.write('{"text": "one more"}\n')
-    elif change == "replace":
-        other = write_json_lines(tmp_path / "b", [text.upper() for text in documents] * 10)
-        other.replace(source)
-    else:
-        write_json_lines(source.parent / "b.jsonl", ["one more"])
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert errors.splitlines()[-1] == (
+    write_json_lines(source, documents)
+    ranges = sources.json_ranges
+
+    def ranges_and_a_change(path: Path) -> Iterator[tuple[Part, int]]:
+        first, *rest = ranges(path)
+        yield first
+        if change == "append":
+            with source.open("a") as file:
+                file.write('{"text": "one more"}\n')
+        elif change == "replace":
+            write_json_lines(tmp_path / "b", [text.upper() for text in documents]).replace(source)
+        else:
+            write_json_lines(source.parent / "b.jsonl", ["one more"])
+        yield from rest
+
+    monkeypatch.setattr(sources, "json_ranges", ranges_and_a_change)
+    message = error_of(capsys, source.parent, "--out", tmp_path / "out", "--workers", 1)
+    assert message == (
         f"error: {source.parent} has changed while it was read, expected it to stay as it was; "
         "run the same command again once nothing changes it"
     )
