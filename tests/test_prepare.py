@@ -977,7 +977,14 @@ def test_files_of_other_kinds_in_a_folder_are_said_to_be_left_out(documents, tmp
     (tmp_path / "c.csv").symlink_to("b.csv")
     assert prepared(tmp_path, tmp_path / "out") == plain_loop(documents)
     said = f"left out of {tmp_path}: 2 .csv, 1 .md, 1 LICENSE, expected .parquet, .jsonl or .txt"
-    assert said in capsys.readouterr().err
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_files_beside_a_single_text_are_said_to_be_left_out(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a text of some length")
+    (tmp_path / "b.md").write_text("another")
+    assert run(tmp_path, "--out", tmp_path / "out") == 0
+    assert f"left out of {tmp_path}: 1 .md, expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.parquet.gz", "b.TXT.zip", "b.zip", "b.tar.gz"])
@@ -1066,11 +1073,12 @@ def test_a_file_beside_its_compressed_copy_is_not_read_twice(documents, tmp_path
     assert f"{tmp_path} holds a.jsonl and a.jsonl.gz, expected one of them" in message
 
 
-def test_no_permission_to_write_is_one_sentence(tmp_path, capsys):
-    source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_out_that_cannot_be_written_is_one_sentence_before_the_source_is_read(out, tmp_path, capsys):
+    source = write_json_lines(tmp_path / "a.jsonl", [])  # which has no characters
     (tmp_path / "file").write_text("not a folder")
-    message = error_of(capsys, source, "--out", tmp_path / "file" / "out")
-    assert "cannot write to" in message
+    message = error_of(capsys, source, "--out", tmp_path / out, "--tokenizer", "char")
+    assert f"cannot write to {tmp_path / 'file'}, expected a folder of yours; choose another --out" in message
 
 
 def sample_by(encode, texts: list[str], turn: int) -> Sample:

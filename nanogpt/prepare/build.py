@@ -71,6 +71,8 @@ def prepare_files(config: PrepareConfig) -> Manifest:
     if finished := finished_manifest(config, source, settings):
         return finished
     check_disk(config, source)
+    if source.left_out:
+        sys.stderr.write(f"left out of {source.name}: {source.left_out}, expected .parquet, .jsonl or .txt\n")
     tokenizer = gpt2() if config.tokenizer == "gpt2" else characters_of(source, config)
     config.out.mkdir(parents=True, exist_ok=True)
     with open_journal(
@@ -206,11 +208,13 @@ def finished_manifest(config: PrepareConfig, source: Source, settings: dict[str,
 
 
 def check_disk(config: PrepareConfig, source: Source) -> None:
-    """Raises UserError if the shards plus the files made from them, which exist together, would not fit."""
+    """Raises UserError if `config.out` cannot be written, or what is made there would not fit."""
+    existing = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"cannot write to {existing}, expected a folder of yours; choose another --out")
     if source.text_bytes is None or config.limit is not None:
         return
-    needed = 2 * 2 * source.text_bytes / BYTES_PER_TOKEN[config.tokenizer]
-    existing = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
+    needed = 2 * 2 * source.text_bytes / BYTES_PER_TOKEN[config.tokenizer]  # both are there together
     free = shutil.disk_usage(existing).free + folder_bytes(config.out / FOLDER_NAME)
     if free < needed:
         raise UserError(

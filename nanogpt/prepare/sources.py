@@ -86,6 +86,8 @@ class Source:
     """Whether `shards` may be called again: a stream that is not in memory continues where it stopped."""
     tail: float | None = None
     """The fraction at the end of a single text that validates; None if documents are drawn."""
+    left_out: str = ""
+    """How many files of which other kinds are in a folder."""
     parts: Callable[[], Iterator[tuple[Part, int]]]
 
     def shards(self) -> Iterator[Shard]:
@@ -166,7 +168,7 @@ def parquet_parts(names: Iterable[str], *, cached: bool) -> Iterator[tuple[Part,
 def local_source(name: str, options: Options) -> Source:
     """A file, or a folder of files of one kind, in the order of their paths."""
     root = Path(name)
-    paths = sources_below(root) if root.is_dir() else [root]
+    paths, others = sources_below(root) if root.is_dir() else ([root], "")
     kind = common_kind(name, paths)
     if kind == TEXT and len(paths) == 1 and options.separator is None:
         if kind_of(paths[0]) is None and begins_with_json(paths[0]):
@@ -174,7 +176,7 @@ def local_source(name: str, options: Options) -> Source:
                 f"{name} begins with a JSON object, expected a text; give it a name that ends in .jsonl "
                 "for a document a line, or in .txt"
             )
-        return single_text(str(paths[0]), None, options, TAIL_FRACTION, name)
+        return replace(single_text(str(paths[0]), None, options, TAIL_FRACTION, name), left_out=others)
     sizes = {path: path.stat().st_size for path in paths}
     return Source(
         name=name,
@@ -182,6 +184,7 @@ def local_source(name: str, options: Options) -> Source:
         source_bytes=sum(sizes.values()),
         text_bytes=int(sum(text_ratio(path) * size for path, size in sizes.items())),
         identity=[file_identity(path) for path in paths],
+        left_out=others,
         parts=lambda: local_parts(paths, kind, options),
     )
 
@@ -210,8 +213,8 @@ def common_kind(name: str, paths: list[Path]) -> str:
     return kinds.pop()
 
 
-def sources_below(folder: Path) -> list[Path]:
-    """The files in `folder` that may hold texts, in the order of their paths; says which others there are.
+def sources_below(folder: Path) -> tuple[list[Path], str]:
+    """(files in `folder` that may hold texts, in the order of their paths; which others there are).
 
     Except what `prepare` wrote, so that `--out` may be inside `folder`.
     """
@@ -221,11 +224,10 @@ def sources_below(folder: Path) -> list[Path]:
         for path in files_below(folder, os.path.realpath(folder), {})
         if not (path.name in written and path.with_name(file_name("train")).exists())
     ]
-    if others := Counter(ending(path) or path.name for path in paths if kind_of(path) is None):
-        found = ", ".join(f"{count:,} {end}" for end, count in sorted(others.items())[:9])
-        more = ", ..." if len(others) > 9 else ""
-        sys.stderr.write(f"left out of {folder}: {found}{more}, expected .parquet, .jsonl or .txt\n")
-    return [path for path in paths if kind_of(path) is not None]
+    others = Counter(ending(path) or path.name for path in paths if kind_of(path) is None)
+    counts = [f"{count:,} {end}" for end, count in sorted(others.items())]
+    found = ", ".join([*counts[:9], "..."] if counts[9:] else counts)
+    return [path for path in paths if kind_of(path) is not None], found
 
 
 def files_below(path: Path, real: str, seen: dict[str, Path]) -> Iterator[Path]:
