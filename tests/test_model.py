@@ -20,6 +20,7 @@ from nanogpt.model import (
     Params,
     apply,
     apply_trunk,
+    block_key,
     causal_attention_with_dropout,
     dropout,
     fold_in,
@@ -317,16 +318,20 @@ def test_without_dropout_the_key_does_not_count():
     assert apply(params, inputs, SMALL, dropout_key=key_of(1)).equal(apply(params, inputs, SMALL))
 
 
-def test_every_place_of_the_network_drops_features_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    from nanogpt import model
-
-    keys = []
-    monkeypatch.setattr(
-        model, "keep_mask", lambda x, rate, key: keys.append(int(key)) or keep_mask(x, rate, key)
-    )
-    params, (inputs, _) = random_params(DROPPING, spread=0.1), random_text(DROPPING, rows=1, columns=4)
-    apply(params, inputs, DROPPING, dropout_key=key_of(1))
-    assert len(keys) == len(set(keys)) == 1 + 3 * DROPPING.n_layer
+def test_features_are_dropped_where_hugging_face_drops_them(monkeypatch: pytest.MonkeyPatch):
+    """Its masks are replaced by ours, in the order in which its network comes to them, each of its own."""
+    key, layers = key_of(1), range(DROPPING.n_layer)
+    places = [(key, 0), *((block_key(key, layer), site) for layer in layers for site in range(3))]
+    left = iter(places)
+    monkeypatch.setattr(F, "dropout", lambda x, *_, **__: dropout(x, DROPPING.dropout, *next(left)))
+    params, (inputs, _) = random_params(DROPPING, spread=0.1), random_text(DROPPING, rows=2, columns=16)
+    model = hugging_face(DROPPING, params)
+    model.set_attn_implementation("eager")  # the probabilities exist, and are dropped by F.dropout
+    expected = model(inputs).logits.detach()
+    assert next(left, None) is None
+    assert len({int(fold_in(*place)) for place in places}) == len(places)
+    got = apply(params, inputs, DROPPING, dropout_key=key)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # fp32 rounding through three blocks
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.25, 0.5, 0.9])
