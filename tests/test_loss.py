@@ -65,6 +65,12 @@ def test_next_token_loss_of_each_token_is_mapped(features: Tensor, head: Tensor,
     close(losses, F.cross_entropy(logits.mT, targets, reduction="none"))
 
 
+def test_next_token_loss_leaves_out_targets_of_minus_100(features: Tensor, head: Tensor, targets: Tensor):
+    targets[1:] = -100  # with chunks of 4 tokens some chunks hold nothing else
+    loss = next_token_loss(features @ head[:V].T, targets, chunk_tokens=4)
+    close(loss, plain_loss(features[:1], head, targets[:1]))
+
+
 def test_next_token_loss_refuses_targets_of_another_shape(features: Tensor, head: Tensor, targets: Tensor):
     with pytest.raises(UserError) as caught:
         # past the type check that runs in tests only
@@ -167,6 +173,7 @@ def test_head_loss_passes_on_the_cotangent_and_copies_no_gradient_for_1(
     expected = torch.autograd.grad(
         factor * 2 * plain_loss(features, embedding, targets), [features, embedding]
     )
+    close(value, 2 * plain_loss(features, embedding, targets))
     close(grads[0], expected[0])
     close(grads[1], expected[1])
     assert (grads[1].data_ptr() == head_grad.data_ptr()) == (factor == 1)

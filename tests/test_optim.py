@@ -49,9 +49,8 @@ def torch_adamw(
 ) -> dict[str, Tensor]:
     """torch.optim.AdamW in nanoGPT's two groups: matrices decay, vectors do not."""
     params = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
-    decay = settings.pop("weight_decay")
     groups = [
-        {"params": [leaf for leaf in params.values() if leaf.ndim >= 2], "weight_decay": decay},
+        {"params": [leaf for leaf in params.values() if leaf.ndim >= 2]},
         {"params": [leaf for leaf in params.values() if leaf.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, **settings)
@@ -62,11 +61,21 @@ def torch_adamw(
     return {name: leaf.detach() for name, leaf in params.items()}
 
 
-@pytest.mark.parametrize(("b1", "b2", "eps", "decay"), [(0.9, 0.95, 1e-8, 0.1), (0.9, 0.999, 1e-6, 0.0)])
-def test_adamw_follows_torch_with_decay_on_matrices_only(b1: float, b2: float, eps: float, decay: float):
-    all_grads = [random_like(seed, scale=10.0**-seed) for seed in range(1, 6)]
-    ours, _ = steps_of(adamw(1e-2, b1=b1, b2=b2, eps=eps, weight_decay=decay), random_like(0), all_grads)
-    theirs = torch_adamw(random_like(0), all_grads, lr=1e-2, betas=(b1, b2), eps=eps, weight_decay=decay)
+@pytest.mark.parametrize(
+    ("settings", "of_torch"),
+    [
+        ({}, {}),
+        (dict(b1=0.9, b2=0.95, weight_decay=0.1), dict(betas=(0.9, 0.95), weight_decay=0.1)),
+        (
+            dict(b1=0.0, b2=0.0, eps=1e-6, weight_decay=0.0),
+            dict(betas=(0.0, 0.0), eps=1e-6, weight_decay=0.0),
+        ),
+    ],
+)
+def test_adamw_follows_torch_with_decay_on_matrices_only(settings: dict[str, Any], of_torch: dict[str, Any]):
+    all_grads = [random_like(seed, scale=10.0 ** (seed - 8)) for seed in range(1, 6)]  # from 1e-7: eps counts
+    ours, _ = steps_of(adamw(1e-2, **settings), random_like(0), all_grads)
+    theirs = torch_adamw(random_like(0), all_grads, lr=1e-2, **of_torch)
     for name, leaf in theirs.items():
         # five steps of fp32 rounding
         torch.testing.assert_close(
@@ -122,7 +131,8 @@ def test_clip_equals_torch_above_and_below_the_norm(max_norm: float):
 @pytest.mark.parametrize("shape", [(), (2, 3)])  # PyTorch lets a leaf of no dimensions widen others
 def test_leaves_keep_their_dtype(params_dtype: torch.dtype, grads_dtype: torch.dtype, shape: tuple[int, ...]):
     params, grads = {"a": torch.ones(shape, dtype=params_dtype)}, {"a": torch.ones(shape, dtype=grads_dtype)}
-    for optimizer in (chain(clip_by_global_norm(0.5), adamw(0.1)), scale_by_learning_rate(0.1)):
+    clipped = chain(clip_by_global_norm(0.5), adamw(0.1))
+    for optimizer in (clipped, scale_by_learning_rate(0.1), dynamic_loss_scale(adamw(0.1))):
         moved = steps_of(optimizer, params, [grads] * 2)
         assert tree.diff(moved, (params, optimizer.init(params))) == []
         assert moved[0]["a"].max() < 1
@@ -152,6 +162,11 @@ def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
     expected[35] = 6e-5 + 5.4e-4 * 0.5 * (1 + math.cos(math.pi / 4))
     got = {step: float(schedule(torch.tensor(step))) for step in expected}
     assert got == pytest.approx(expected, rel=1e-6)  # fp32 has 24 bits
+
+
+def test_a_schedule_may_be_one_step_of_warmup_and_one_more():
+    schedule = warmup_cosine(1.0, final=0.5, warmup_steps=1, total_steps=2)
+    assert [float(schedule(torch.tensor(step))) for step in range(3)] == [1.0, 1.0, 0.5]
 
 
 def test_the_schedule_counts_updates_from_zero():
@@ -241,11 +256,11 @@ def test_the_scale_doubles_after_an_interval_of_finite_steps_and_not_beyond_its_
     assert scales == [2, 2, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8]
 
 
-def test_an_overflow_starts_the_interval_again():
+def test_an_overflow_starts_the_interval_again_and_the_scale_stays_at_least_1():
     scaling = dynamic_loss_scale(adamw(1e-2), initial=2.0, growth_interval=2)
     params, opt_state, scales = random_like(0), scaling.init(random_like(0)), []
-    for finite in (True, False, True, True):
+    for finite in (True, False, False, True, True):
         grads = tree.map(lambda g, finite=finite: g if finite else g * math.inf, random_like(1))
         _, opt_state = scaling.update(grads, opt_state, params)
         scales.append(float(opt_state.scale))
-    assert scales == [2, 1, 1, 2]
+    assert scales == [2, 1, 1, 1, 2]
