@@ -195,7 +195,7 @@ class HeadLoss(torch.autograd.Function):
         if not torch.is_grad_enabled():  # a block's compiled backward accepts only what is not differentiated
             features_grad, embedding_grad = features_grad.detach(), embedding_grad.detach()
         if not is_one(cotangent):
-            features_grad = features_grad * cotangent.to(features_grad.dtype)
+            features_grad = features_grad * cotangent
             embedding_grad = embedding_grad * cotangent
         return features_grad, embedding_grad, None, None, None, None
 

@@ -14,6 +14,7 @@ from nanogpt.loss import HeadLoss, chunk_tokens_of, head_loss, head_loss_and_gra
 V, PADDED, B, T, C = 65, 128, 3, 7, 16
 TOKENS = B * T  # 21, which 4 and 8 do not divide
 CHUNKS = [1, 4, 7, 8, TOKENS, 1024]
+ONE = torch.tensor(1.0)
 
 
 @pytest.fixture
@@ -92,6 +93,14 @@ def test_head_loss_is_the_sum_over_all_tokens(
 ):
     loss = head_loss(features, head, targets, vocab_size=V, chunk_tokens=chunk_tokens)
     close(loss, plain_loss(features, head, targets) * TOKENS)
+
+
+def test_head_loss_of_a_bf16_head_is_computed_in_fp32(features: Tensor, head: Tensor, targets: Tensor):
+    features, head = features.bfloat16(), head.bfloat16()
+    loss = head_loss(features, head, targets, vocab_size=V, chunk_tokens=4)
+    assert loss.dtype == torch.float32
+    logits = F.linear(features, head[:V]).float()
+    close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
 
 
 def test_head_loss_leaves_out_targets_of_minus_100(features: Tensor, head: Tensor, targets: Tensor):
@@ -179,17 +188,43 @@ def test_head_loss_passes_on_the_cotangent_and_copies_no_gradient_for_1(
     assert (grads[1].data_ptr() == head_grad.data_ptr()) == (factor == 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_loss_under_vmap_passes_on_each_cotangent(
+    features: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype
+):
+    settings = dict(vocab_size=V, chunk_tokens=8, chunk=None)
+
+    def grads(factor: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(features: Tensor, embedding: Tensor) -> Tensor:
+            return factor * HeadLoss.apply(features, embedding, targets, ONE, head.to(dtype), settings)[0]
+
+        return torch.func.grad(loss, argnums=(0, 1))(features.to(dtype), head[:V])
+
+    factors = torch.tensor([1.0, 3.0])
+    for got, once in zip(torch.func.vmap(grads)(factors), grads(ONE), strict=True):
+        assert got.dtype == once.dtype
+        for row, factor in zip(got, factors, strict=True):
+            close(row, once * factor)
+
+
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("by", ["torch.func", "autograd"])
-def test_head_loss_refuses_a_second_derivative(features: Tensor, head: Tensor, targets: Tensor, by: str):
+def test_head_loss_refuses_a_second_derivative(
+    features: Tensor, head: Tensor, targets: Tensor, by: str, beside: bool
+):
+    """By itself, and beside the loss's own first derivative."""
+
     def loss(features: Tensor) -> Tensor:
         settings = dict(vocab_size=V, chunk_tokens=8, chunk=None)
-        return HeadLoss.apply(features, head[:V], targets, torch.tensor(1.0), head, settings)[0]
+        return HeadLoss.apply(features, head[:V], targets, ONE, head, settings)[0]
 
     def size_of_gradient(features: Tensor) -> Tensor:
         if by == "torch.func":
-            return torch.func.grad(loss)(features).square().sum()
-        (grad,) = torch.autograd.grad(loss(features), features, create_graph=True)
-        return grad.square().sum()
+            grad, value = torch.func.grad_and_value(loss)(features)
+        else:
+            value = loss(features)
+            (grad,) = torch.autograd.grad(value, features, create_graph=True)
+        return grad.square().sum() + beside * value
 
     derivative = torch.func.grad(size_of_gradient) if by == "torch.func" else taped_grad(size_of_gradient)
     advice = r'differentiate next_token_loss\(apply\(..., attention="math"\), ...\) instead$'
