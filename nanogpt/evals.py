@@ -20,7 +20,7 @@ def validation_loss(
     """
     total, own = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
-        total += eval_step(params, batch).cpu().double()  # MPS has no float64
+        total += eval_step(params, batch).cpu()  # where the sum is: MPS has no float64
         own += int((batch.targets != IGNORED).sum())
     return float(total) / (own if count is None else count)
 

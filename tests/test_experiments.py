@@ -216,13 +216,15 @@ def test_the_sample_command_writes_the_same_texts_from_a_checkpoint(
     monkeypatch.setattr(sys, "argv", ["gpt2_124m", *line])
     main(gpt2_124m)
     wanted = sample.SampleCommand(run_dir=tmp_path / "run", prompt="AB", count=2, max_new_tokens=5)
-    said = []
-    for _ in range(2):
+
+    def said(**settings: Any) -> str:
         capsys.readouterr()
-        sample.main(wanted)
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-    texts = said[0].removesuffix("\n").split(f"\n{'-' * 80}\n")
+        sample.main(dataclasses.replace(wanted, **settings))
+        return capsys.readouterr().out
+
+    assert said() == said() != said(seed=1)
+    assert said(temperature=0.0) == said(top_k=1) == said(top_p=1e-9)  # the likeliest
+    texts = said().removesuffix("\n").split(f"\n{'-' * 80}\n")
     assert [text[:2] for text in texts] == ["AB", "AB"]
     assert [len(text) for text in texts] == [7, 7]
 
@@ -231,6 +233,8 @@ def test_the_sample_command_writes_the_same_texts_from_a_checkpoint(
     ("flags", "sentence"),
     [
         (("--run-dir", "nowhere"), "holds no checkpoint"),
+        (("--prompt", ""), "the prompt is empty, expected at least one character; set --prompt"),
+        (("--temperature", "inf"), "the temperature is inf, expected a number of at least 0; set --temp"),
         (("--count", "0"), "count is 0, expected at least 1; set --count"),
         (("--max-new-tokens", "0"), "max_new_tokens is 0, expected at least 1; set --max-new-tokens"),
     ],

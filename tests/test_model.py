@@ -406,6 +406,12 @@ def test_a_dropout_that_is_no_probability_is_refused(rate: float):
     assert str(caught.value) == f"dropout is {rate}, expected at least 0 and below 1; set --model.dropout"
 
 
+@pytest.mark.parametrize("name", model.PUBLISHED_SIZES)
+def test_published_sizes_have_heads_of_64_features(name: str):
+    config = GPT2Config.named(name)
+    assert config.n_embd == 64 * config.n_head
+
+
 def test_an_unknown_size_is_refused():
     with pytest.raises(UserError) as caught:
         GPT2Config.named("gpt3")

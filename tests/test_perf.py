@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,7 +232,16 @@ def test_a_chunk_of_logits_is_no_longer_than_the_batch():
     assert plan["logits"] == 5 * 11 * 8
 
 
-def fit(available_bytes: int, batch_size: int = 64) -> int:
+def test_each_of_several_shards_keeps_its_part_and_sums_gradients_in_place():
+    settings = dict(batch_size=1, block_size=5, precision="bfloat16", loss_chunk_tokens=6)
+    plan = perf.memory_plan(TINY, **settings, accumulation=4, shards=3)
+    N = perf.parameter_count(TINY)
+    own = -(-4 * N // 3)
+    kinds = "parameters", "optimizer state", "gradients", "compute copy"
+    assert [plan[kind] for kind in kinds] == [own, 2 * own, 4 * N + own, 2 * N]
+
+
+def fit(available_bytes: int, batch_size: int = 64, **settings: Any) -> int:
     return perf.fit_batch_size(
         GPT2Config(),
         batch_size=batch_size,
@@ -239,17 +249,19 @@ def fit(available_bytes: int, batch_size: int = 64) -> int:
         precision="bfloat16",
         loss_chunk_tokens=1024,
         available_bytes=available_bytes,
+        **settings,
     )
 
 
-def total(batch_size: int) -> int:
+def total(batch_size: int, *, accumulation: int = 1, **settings: Any) -> int:
     plan = perf.memory_plan(
         GPT2Config(),
         batch_size=batch_size,
         block_size=1024,
         precision="bfloat16",
         loss_chunk_tokens=1024,
-        accumulation=64 // batch_size,
+        accumulation=accumulation * 64 // batch_size,
+        **settings,
     )
     return plan["total"]
 
@@ -258,10 +270,24 @@ def test_a_micro_batch_that_fits_stays():
     assert fit(10**12) == 64
 
 
-def test_a_micro_batch_that_does_not_fit_is_halved_until_its_plan_leaves_a_tenth_free():
-    enough_for_16 = int(total(16) / 0.9) + 1
-    assert fit(enough_for_16) == 16
-    assert fit(enough_for_16 - 2) == 8
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(accumulation=2),
+        dict(optimizer_slots=5),
+        dict(shards=2),
+        dict(compile=False),
+        dict(device_type="cuda"),
+    ],
+)
+def test_a_micro_batch_that_does_not_fit_is_halved_until_its_plan_leaves_a_tenth_free(
+    settings: dict[str, Any],
+):
+    for size in (64, 16, 2):
+        enough = int(total(size, **settings) / 0.9) + 1
+        assert fit(enough, **settings) == size
+        assert fit(enough - 2, **settings) == size // 2
 
 
 def test_a_smaller_micro_batch_divides_the_one_asked_for():

@@ -1,5 +1,6 @@
 """Sampling with a cache is sampling, past the last position too, and draws what it was told to."""
 
+import dataclasses
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,8 @@ from torch import Tensor
 from nanogpt import command, tree
 from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config, Params, apply, init
-from nanogpt.sample import SampleCommand, decode, draw, empty_cache, generate
+from nanogpt.sample import SampleCommand, decode, draw, empty_cache, generate, text_of
+from nanogpt.tokenizer import characters
 
 TINY = GPT2Config(vocab_size=65, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
@@ -55,6 +57,18 @@ def test_the_cache_changes_no_token_up_to_and_past_the_last_position(
     expected = generate_without_cache(params, prompt, max_new_tokens=count, generator=seeded(3), **settings)
     assert cached.shape == (2, length + count)
     assert cached.equal(expected)
+
+
+def test_a_model_of_one_position_sees_the_last_token_alone():
+    config = dataclasses.replace(TINY, block_size=1)
+    params = init(config, seeded())
+    text = generate(params, config, prompt_of(3), max_new_tokens=4, temperature=0.0)
+    for t in range(2, 6):
+        assert text[:, t + 1].equal(apply(params, text[:, t : t + 1], config)[:, -1].argmax(-1))
+
+
+def test_ids_beyond_the_tokenizers_are_left_out_of_a_text():
+    assert text_of(torch.tensor([0, 3, 1, 4, 2]), characters("abc")) == "abc"
 
 
 def test_logits_of_the_cache_equal_those_of_one_pass(params: Params):
@@ -151,6 +165,11 @@ def test_tokens_are_drawn_in_the_shares_that_the_settings_say(settings: dict, sh
     got = drawn_shares(**settings)
     assert got == pytest.approx(shares, abs=0.018)
     assert [share == 0 for share in got] == [share == 0 for share in shares]
+
+
+def test_top_p_keeps_no_token_beyond_the_one_that_reaches_p():
+    tokens = draw(torch.zeros(1000, 4), temperature=1.0, top_k=None, top_p=0.5, generator=seeded())
+    assert len(tokens.unique()) == 2
 
 
 def test_top_k_keeps_k_tokens_even_if_others_are_as_likely():

@@ -76,6 +76,7 @@ def test_characters_are_numbered_by_code_point_and_decode_to_themselves(text: st
     tokenizer = characters(text)
     assert tokenizer.encode(text) == [sorted(set(text)).index(character) for character in text]
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode_array(text).dtype == np.uint16
     assert tokenizer.end_of_text is None
 
 

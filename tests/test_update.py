@@ -18,6 +18,15 @@ CONFIG = GPT2Config(vocab_size=11, block_size=4, n_layer=3, n_head=1, n_embd=2)
 SCHEDULE = optim.warmup_cosine(0.1, final=0.01, warmup_steps=2, total_steps=9)
 
 
+def slower_and_slower() -> Transform:
+    """Divides by the number of the update, which every leaf reads from the state."""
+
+    def update(updates: Params, state: Any, params: Params, numbers: Any) -> Any:
+        return tree.map(lambda u: u / (state.count + 1), updates), optim.ScheduleState(state.count + 1)
+
+    return optim.elementwise(lambda params: optim.ScheduleState(torch.tensor(0)), update)
+
+
 def only_embeddings(params: Params) -> dict[str, bool]:
     return {name: name == "wte.weight" for name in params}
 
@@ -26,12 +35,13 @@ OPTIMIZERS = {
     "clip, adamw": chain(clip_by_global_norm(0.5), adamw(SCHEDULE, weight_decay=0.3)),
     "adamw alone": adamw(SCHEDULE, weight_decay=0.3),
     "a mask by name": chain(clip_by_global_norm(0.5), adamw(SCHEDULE, decay_mask=only_embeddings)),
+    "a count": chain(clip_by_global_norm(0.5), slower_and_slower()),
     "clip last": chain(optim.scale_by_adam(0.9, 0.99, 1e-8), clip_by_global_norm(0.5)),
     "two clips": chain(clip_by_global_norm(0.5), clip_by_global_norm(0.25), adamw(SCHEDULE)),
     "clip alone": clip_by_global_norm(0.5),
     "loss scale": dynamic_loss_scale(chain(clip_by_global_norm(0.5), adamw(SCHEDULE))),
 }
-BY_LEAF = {"clip, adamw", "adamw alone", "a mask by name"}
+BY_LEAF = {"clip, adamw", "adamw alone", "a mask by name", "a count"}
 
 
 def grads_of(step: int) -> Params:
