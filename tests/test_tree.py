@@ -21,6 +21,18 @@ def make_state() -> State:
     return State(torch.tensor(7), params, ((), [torch.zeros(1)]))
 
 
+def test_only_what_shares_memory_is_copied_apart():
+    kept, whole = torch.zeros(2), torch.arange(4.0)
+    twin = torch.ones(3)
+    got = tree.apart({"kept": kept, "view": whole[1:], "twin": twin, "again": twin}, [whole])
+    assert got["kept"] is kept
+    assert got["twin"] is twin
+    assert got["view"].equal(whole[1:])
+    assert got["again"].equal(twin)
+    memories = [leaf.untyped_storage().data_ptr() for leaf in (whole, *got.values())]
+    assert len(set(memories)) == len(memories)
+
+
 def test_paths_join_fields_keys_and_positions():
     assert list(tree.paths(make_state())) == [
         "step",
