@@ -10,6 +10,7 @@ import sys
 import traceback
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import optim, sharding, tree
 from nanogpt.data import Batch, BatchSpec, batch_at
 from nanogpt.errors import UserError
 from nanogpt.evals import validation_batches, validation_loss, validation_windows
-from nanogpt.model import GPT2Config, Params
+from nanogpt.model import GPT2Config, Params, fold_in
 from nanogpt.optim import Transform
 from nanogpt.train import TrainState, init_state, make_eval_step, make_train_step, make_value_and_grad
 
@@ -87,6 +89,10 @@ class Seen(NamedTuple):
     """Of parameters, whole: most while an evaluation used them, and those left after it."""
     graphs: list[int] | None = None
     """Compiled for them, after each of those steps."""
+    dropped_losses: list[float] | None = None
+    """With dropout, of one batch for all ranks: on the mesh, and alone by the key of each rank."""
+    reductions: int | None = None
+    """How often a step of several microsteps added up gradients over the ranks."""
     whole_leaves: int | None = None
     """Most that lived at once while a state was made."""
     own_bytes: int | None = None
@@ -180,6 +186,7 @@ def see(layout: Layout, rank: int) -> Seen:
         seen = seen._replace(half_losses=losses_of_half(half, is_second=rank >= 2))
     if layout == LAYOUTS["2"]:
         seen = seen._replace(gathered_bytes=gathered_bytes(here, first), refusals=refusals(here, first))
+        seen = seen._replace(dropped_losses=dropped_losses(here, first), reductions=reductions(here, first))
         compiled = here.train(ADAMW, "float32", 3, compile=True)
         seen = seen._replace(compiled_losses=compiled.losses, graphs=compiled.graphs)
     if layout == LAYOUTS["4"]:
@@ -244,6 +251,35 @@ def gathered_bytes(here: Ranked, state: TrainState) -> tuple[int, int]:
     here.validate(state)
     sharding.Held.forward = forward
     return most, sum(storage.nbytes() for storage in gathered.values())
+
+
+def dropped_losses(here: Ranked, state: TrainState) -> list[float]:
+    config, key, scale = replace(CONFIG, dropout=0.5), torch.tensor(7), torch.ones(())
+    batch = batch_at(TOKENS, 0, replace(here.spec, process_index=0))
+    on_mesh = make_value_and_grad(config, precision="float32", **here.choices)
+    alone = make_value_and_grad(config, precision="float32")
+    whole = tree.map(sharding.whole, state.params)
+    losses = [alone(whole, batch, fold_in(key, rank), scale)[0] for rank in range(here.spec.process_count)]
+    return [float(loss) for loss in (on_mesh(state.params, batch, key, scale)[0], *losses)]
+
+
+def reductions(here: Ranked, state: TrainState) -> int:
+    value_and_grad = make_value_and_grad(CONFIG, precision="float32", **here.choices)
+    with Seeing() as seeing:
+        value_and_grad(state.params, here.batch(0), torch.tensor(0), torch.ones(()))
+    return sum("reduce_scatter" in name for name in seeing.names)
+
+
+class Seeing(TorchDispatchMode):
+    """Notes the names of all operators that are called within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def leaves_alone(here: Ranked, state: TrainState) -> bool:

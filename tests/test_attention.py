@@ -94,8 +94,8 @@ def test_products_under_torch_func():
         def loss(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
             return (kernel(q[None], k[None], v[None])[0] * weight).sum()
 
-        by_example = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(0, None, 2, 0))
-        return by_example(q, k[0], v.movedim(0, 2), weight)
+        by_example = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(0, None, 0, 0))
+        return by_example(q, k[0], v, weight)
 
     for got, expected in zip(gradients(by_products), gradients(exactly), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # fp64 rounding

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded_job import LAYOUTS, STEPS, Seen
+from sharded_job import CONFIG, LAYOUTS, STEPS, Seen
 
 from nanogpt.errors import UserError
 from nanogpt.sharding import mesh_shape
@@ -183,3 +183,17 @@ def test_a_state_is_made_leaf_by_leaf_and_only_the_rows_of_the_rank_stay(every: 
         assert rank.whole_leaves == 1
         assert rank.own_bytes is not None
         assert rank.own_bytes == rank.stored_bytes < total * 3 / 2  # parameters and two moments, in quarters
+
+
+def test_each_rank_drops_features_of_its_own(every: Every) -> None:
+    for rank in every["2"]:
+        assert rank.dropped_losses
+        on_mesh, first, second = rank.dropped_losses
+        assert first != second
+        check_close([on_mesh], [(first + second) / 2], 1e-6)  # fp32 rounding
+
+
+def test_gradients_of_several_microsteps_are_added_up_over_the_ranks_once(every: Every) -> None:
+    for rank in every["2"]:
+        assert rank.accumulation == 2
+        assert rank.reductions == CONFIG.n_layer + 1  # one for each block, and one for the rest
