@@ -126,15 +126,18 @@ class MeshConfig:
     reshard_after_forward: bool = False
     """Free a block's gathered parameters between its forward and backward pass: less memory, more traffic."""
     timeout_s: float = 600.0
-    """Seconds that a collective waits for a rank, above 0 and above the longest compilation."""
+    """Seconds that a collective waits for a rank: above the longest compilation, at most 1,000,000."""
 
     def __post_init__(self) -> None:
         for name in ("shard", "replicate"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"mesh.{name} is {value}, expected at least 1; set --mesh.{name}")
-        if not self.timeout_s > 0:
-            raise UserError(f"the timeout is {self.timeout_s} s, expected above 0; set --mesh.timeout-s")
+        if not 0 < self.timeout_s <= 1e6:
+            raise UserError(
+                f"the timeout is {self.timeout_s} s, expected above 0 and at most 1,000,000; "
+                "set --mesh.timeout-s"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,8 @@ def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
         capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
         precision = perf.default_precision(seen)
         gpus.append(Gpu(index, seen.name, capability, precision, seen.total_bytes, seen.available_bytes))
-    existing = next(folder for folder in [run_dir.absolute(), *run_dir.absolute().parents] if folder.exists())
+    folders = [run_dir.absolute(), *run_dir.absolute().parents]
+    existing = next(folder for folder in folders if os.path.exists(folder))  # Path's own refuses long names
     can_write = existing.is_dir() and os.access(existing, os.W_OK)
     team.gather("")  # all ranks get past this at the same moment, to within a query to the store
     clock_s = time.time()

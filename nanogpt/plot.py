@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,9 @@ def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
         steps, losses = zip(*train, strict=True)
         is_long = len(train) >= SMOOTH_FROM
         width, alpha = (0.7, 0.4) if is_long else (1.6, 1.0)
-        axes.plot(steps, losses, color="tab:blue", linewidth=width, alpha=alpha, label="training")
+        style: dict[str, Any] = dict(linewidth=width, alpha=alpha, label="training")
+        style["marker"] = "o" if len(train) == 1 else None  # a line of one point is nothing
+        axes.plot(steps, losses, color="tab:blue", **style)
         if is_long:
             smooth = moving_mean(np.array(losses), reach=len(losses) // 200 + 1)
             axes.plot(steps, smooth, color="tab:blue", linewidth=1.8, label="training, moving mean")

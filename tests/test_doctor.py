@@ -10,7 +10,7 @@ import pytest
 import nanogpt
 from nanogpt import doctor
 from nanogpt.doctor import Facts, Finding, Gpu, findings
-from nanogpt.meeting import World
+from nanogpt.meeting import ALONE, World
 from nanogpt.processes import Team
 
 GB = 10**9
@@ -173,3 +173,8 @@ def test_the_program_prints_its_table_and_exits_with_its_status(
     assert stop.value.code == 2
     subjects = [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert subjects == ["versions", "GPUs", "bfloat16", "memory", "disk", "compiler", "W&B", "data"]
+
+
+def test_a_run_directory_whose_name_no_file_can_have_is_looked_at_too(tmp_path: Path) -> None:
+    seen = doctor.facts(Team(ALONE), "cpu", tmp_path / ("x" * 300))
+    assert seen.disk_bytes

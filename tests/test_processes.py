@@ -597,6 +597,42 @@ def test_two_nodes_names_what_is_wrong(
     assert (process.returncode, said.splitlines()[-1]) == (2, f"error: {sentence}")
 
 
+def program(path: Path, line: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{line}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_two_nodes_counts_gpus_and_not_their_slices_nor_errors(tmp_path: Path) -> None:
+    says = program(tmp_path / "python", 'echo "$@"')
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for listed, count in (("GPU 0: A100\n  MIG 1g.10gb Device 0:\nGPU 1: A100", 2), ("Failed:\nmismatch", 1)):
+        program(tmp_path / "nvidia-smi", f"printf '{listed}\n'")
+        with two_nodes("head", "a", PYTHON=str(says), PATH=path) as process:
+            said, _ = process.communicate(timeout=20)
+        assert f"--nproc-per-node={count} " in said
+
+
+def test_slurm_gives_each_torchrun_the_cores_of_its_job(tmp_path: Path) -> None:
+    program(tmp_path / ".venv/bin/python", "")
+    program(tmp_path / "bin/scontrol", "echo first; echo second")
+    program(tmp_path / "bin/srun", 'echo "$OMP_NUM_THREADS" "$@"')
+    job = {"JOB_ID": "7", "JOB_NODELIST": "all", "NNODES": "2", "GPUS_ON_NODE": "8", "CPUS_PER_TASK": "64"}
+    done = subprocess.run(
+        [ROOT / "experiments/launch/slurm.sh", "a_program", "--flag"],
+        env={f"SLURM_{name}": value for name, value in job.items()}
+        | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert done.stdout.startswith("8 --kill-on-bad-exit=1 --cpus-per-task=64 .venv/bin/python -m ")
+    assert "--nnodes=2 --nproc-per-node=8 " in done.stdout
+    assert done.stdout.endswith("--rdzv-endpoint=first:20007 --rdzv-id=7 -m a_program --flag\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

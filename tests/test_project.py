@@ -206,6 +206,13 @@ def test_ddp_train_says_that_there_is_no_gpu(no_gpu: dict[str, str]) -> None:
             "",
             "ddp-train needs a GPU and none is visible here (nvidia-smi lists 2, CUDA_VISIBLE_DEVICES is '')",
         ),
+        ("2", "0,-1,1", "NGPUS is 2, and 1 is visible here; set NGPUS=1 or less"),
+        (
+            "1",
+            "-1",
+            "ddp-train needs a GPU and none is visible here (nvidia-smi lists 2, "
+            "CUDA_VISIBLE_DEVICES is '-1')",
+        ),
         ("0", None, "NGPUS is '0', expected a number from 1"),
         ("two", None, "NGPUS is 'two', expected a number from 1"),
         ("$(shell echo 1)", None, "NGPUS is '$(shell echo 1)', expected a number from 1"),
@@ -219,6 +226,21 @@ def test_ddp_train_refuses_more_gpus_than_are_visible(
         environment["CUDA_VISIBLE_DEVICES"] = visible
     result = make("ddp-train", f"NGPUS={ngpus}", environment=environment)
     assert (result.returncode, first_line(result)) == (2, sentence)
+
+
+def test_what_nvidia_smi_says_without_a_number_is_neither_a_gpu_nor_a_process(
+    fake_smi: FakeSmi, tmp_path: Path
+) -> None:
+    environment = fake_smi(gpus=0, processes={})
+    said = "No devices were found\n[N/A], [N/A], [Insufficient Permissions]"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\nprintf '%s\\n' '{said}'\n")
+    assert first_line(make("ddp-train", "NGPUS=1", environment=environment)) == (
+        "ddp-train needs a GPU and none is visible here (nvidia-smi lists 0)"
+    )
+    result = make("gpu-status", environment=environment)
+    assert (result.returncode, result.stdout) == (0, f"{said}\n")
+    result = make("kill-gpu", environment=environment)
+    assert (result.returncode, result.stdout) == (0, "No GPU process of yours is running.\n")
 
 
 def test_arguments_reach_the_launcher_as_they_were_typed(no_gpu: dict[str, str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A step on a mesh is the step of one process: real ranks with gloo, on sizes that do not divide."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from sharded_job import CONFIG, LAYOUTS, STEPS, Seen
 
+from nanogpt.config import MeshConfig
 from nanogpt.errors import UserError
 from nanogpt.sharding import mesh_shape
 
@@ -50,6 +52,15 @@ def test_what_is_not_given_of_a_mesh_follows() -> None:
     assert shape(1, None) == (16, 1)
     assert shape(None, 1) == (1, 16)
     assert shape(4, 4) == (4, 4)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e30])
+def test_a_timeout_that_no_collective_can_wait_for_is_refused(seconds: float) -> None:
+    with pytest.raises(UserError) as caught:
+        MeshConfig(timeout_s=seconds)
+    assert str(caught.value) == (
+        f"the timeout is {seconds} s, expected above 0 and at most 1,000,000; set --mesh.timeout-s"
+    )
 
 
 @pytest.mark.parametrize(("shard", "replicate"), [(3, None), (None, 3), (2, 2), (32, None), (None, 32)])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from nanogpt import tracker
 from nanogpt.errors import UserError
@@ -439,6 +440,13 @@ def test_the_picture_of_a_run_of_any_length_is_a_png(tmp_path: Path, steps: int)
 @pytest.mark.parametrize("title", ["a$_$b", "\u76ee"])
 def test_any_name_of_a_directory_is_a_title(tmp_path: Path, title: str):
     assert draw(tmp_path, [training(1, loss=9.0)], title).startswith(b"\x89PNG")
+
+
+def test_a_single_step_shows_in_the_picture(tmp_path: Path):
+    draw(tmp_path, [training(1, loss=9.0)])
+    height, width, _ = (pixels := imread(tmp_path / "loss.png")).shape
+    middle = pixels[height // 3 : 2 * height // 3, width // 3 : 2 * width // 3]  # without the legend
+    assert (middle[..., 2] > middle[..., 0] + 0.3).any()  # blue
 
 
 def test_validation_shows_in_the_picture(tmp_path: Path):

@@ -141,9 +141,11 @@ def gpu_count(target: str) -> int:
     if not shutil.which("nvidia-smi"):
         hint = "; add ARGS='--train.device cpu' for processes on the CPU" if target == "ddp-train" else ""
         fail(f"{target} needs a GPU and there is none here: nvidia-smi is not on the PATH{hint}")
-    listed = len(query("gpu", "index").splitlines())
+    listed = len(re.findall(r"^\d+$", query("gpu", "index"), re.MULTILINE))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = listed if visible is None else min(listed, len(re.findall(r"[^,\s]+", visible)))
+    named = [] if visible is None else re.findall(r"[^,\s]+", visible)
+    shown = list(itertools.takewhile(lambda name: not name.startswith("-"), named))  # as CUDA reads it
+    count = listed if visible is None else min(listed, len(shown))
     if count == 0:
         hidden = "" if visible is None else f", CUDA_VISIBLE_DEVICES is {visible!r}"
         fail(f"{target} needs a GPU and none is visible here (nvidia-smi lists {listed}{hidden})")
@@ -152,8 +154,8 @@ def gpu_count(target: str) -> int:
 
 def processes() -> list[Process]:
     """Everybody's processes that compute on a GPU, each once."""
-    lines = query("compute-apps", "pid,used_memory,process_name").splitlines()
-    rows = [line.split(", ", 2) for line in lines]
+    answer = query("compute-apps", "pid,used_memory,process_name")  # or a sentence, or [N/A] for a pid
+    rows = re.findall(r"^(\d+), (.*?), (.*)$", answer, re.MULTILINE)
     return list({int(pid): Process(int(pid), name, memory) for pid, memory, name in rows}.values())
 
 

@@ -35,8 +35,9 @@ cores=${SLURM_CPUS_PER_TASK:-$gpus}
 export OMP_NUM_THREADS=$((cores > gpus ? cores / gpus : 1))
 
 # One torchrun on each node, which restarts its node's ranks if they fail. When one ends for good,
-# --kill-on-bad-exit ends the others: they would wait until join_timeout for it to rejoin.
-srun --kill-on-bad-exit=1 .venv/bin/python -m experiments.launch.torchrun \
+# --kill-on-bad-exit ends the others: they would wait until join_timeout for it to rejoin. Since SLURM 22.05 srun
+# takes the job's cores only if it is told to.
+srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} .venv/bin/python -m experiments.launch.torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$gpus" --max-restarts="${MAX_RESTARTS:-3}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID" -m "$@" &
 job_step=$!

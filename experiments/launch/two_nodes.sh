@@ -42,7 +42,7 @@ shift 2
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || fail "no Python at $python; run make environment, or set PYTHON"
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true) # not MIG slices, nor what it says of an error
 processes=${NGPUS:-$((gpus > 0 ? gpus : 1))}
 restarts=${MAX_RESTARTS:-$([ "$1" = nanogpt.doctor ] && echo 0 || echo 3)}
 for setting in "NGPUS=$processes" "PORT=${PORT:-29500}" "JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}" "MAX_RESTARTS=$restarts"; do
