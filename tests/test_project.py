@@ -206,9 +206,9 @@ def test_ddp_train_says_that_there_is_no_gpu(no_gpu: dict[str, str]) -> None:
             "",
             "ddp-train needs a GPU and none is visible here (nvidia-smi lists 2, CUDA_VISIBLE_DEVICES is '')",
         ),
-        ("2", "0,-1,1", "NGPUS is 2, and 1 is visible here; set NGPUS=1 or less"),
+        ("3", "0,-1,1", "NGPUS is 3, and 1 is visible here; set NGPUS=1 or less"),
         (
-            "1",
+            "2",
             "-1",
             "ddp-train needs a GPU and none is visible here (nvidia-smi lists 2, "
             "CUDA_VISIBLE_DEVICES is '-1')",
@@ -234,7 +234,7 @@ def test_what_nvidia_smi_says_without_a_number_is_neither_a_gpu_nor_a_process(
     environment = fake_smi(gpus=0, processes={})
     said = "No devices were found\n[N/A], [N/A], [Insufficient Permissions]"
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\nprintf '%s\\n' '{said}'\n")
-    assert first_line(make("ddp-train", "NGPUS=1", environment=environment)) == (
+    assert first_line(make("ddp-train", "NGPUS=9", environment=environment)) == (
         "ddp-train needs a GPU and none is visible here (nvidia-smi lists 0)"
     )
     result = make("gpu-status", environment=environment)
