@@ -609,7 +609,7 @@ def test_two_nodes_counts_gpus_and_not_their_slices_nor_errors(tmp_path: Path) -
     path = f"{tmp_path}:{os.environ['PATH']}"
     for listed, count in (("GPU 0: A100\n  MIG 1g.10gb Device 0:\nGPU 1: A100", 2), ("Failed:\nmismatch", 1)):
         program(tmp_path / "nvidia-smi", f"printf '{listed}\n'")
-        with two_nodes("head", "a", PYTHON=str(says), PATH=path) as process:
+        with two_nodes("head", "a", PYTHON=str(says), PATH=path, NGPUS="") as process:
             said, _ = process.communicate(timeout=20)
         assert f"--nproc-per-node={count} " in said
 

@@ -28,7 +28,8 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 [ $# -gt 0 ] || set -- experiments.gpt2_124m
 
 gpus=${SLURM_GPUS_ON_NODE:-1}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*} # not by a pipe into head, which may end scontrol, and with it this script, by SIGPIPE
 # A port from 20000 on that depends on the job, since two jobs may share a node.
 port=$((20000 + SLURM_JOB_ID % 20000))
 cores=${SLURM_CPUS_PER_TASK:-$gpus}
