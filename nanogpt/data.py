@@ -232,8 +232,9 @@ def batch_at(tokens: Tokens, step: int | Int[Tensor, ""], spec: BatchSpec) -> Ba
     rows = np.empty((A * B, T + 1), dtype=np.int64)
     for row, start in zip(rows, starts.tolist(), strict=True):
         row[:] = tokens[start : start + T + 1]
-    both = torch.from_numpy(rows).view(A, B, T + 1)
-    return Batch(both[..., :-1].contiguous(), both[..., 1:].contiguous())
+    both = rows.reshape(A, B, T + 1)
+    # Copied by numpy: torch's threads would take the cores of the step that runs meanwhile.
+    return Batch(*(torch.from_numpy(part.copy()) for part in (both[..., :-1], both[..., 1:])))
 
 
 def require_ids(batch: Batch, vocab_size: int, folder: Path) -> None:

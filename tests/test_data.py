@@ -1,8 +1,10 @@
 """An epoch covers every window once, for any number of processes; files are read without filling memory."""
 
 import mmap
+import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +178,21 @@ def test_targets_are_the_inputs_shifted_by_one():
     for row, target in zip(inputs.flatten(0, 1).tolist(), targets.flatten(0, 1).tolist(), strict=True):
         (start,) = (i for i in range(0, 1000, T) if text[i : i + T] == row)
         assert target == text[start + 1 : start + T + 1]
+
+
+def test_a_batch_is_made_without_the_threads_of_torch():
+    """They belong to the step that runs meanwhile; where others use the cores too, waiting for them takes
+    ten times as long as the batch."""
+    tokens, spec, threads = counting_tokens(1000), make_spec(100_000, batch_size=100_000), []
+
+    def count_threads() -> None:
+        before = len(os.listdir("/proc/self/task"))
+        batch_at(tokens, 0, spec)
+        threads.append(len(os.listdir("/proc/self/task")) - before)
+
+    with ThreadPoolExecutor(1) as pool:  # whose thread has had no use for them yet
+        pool.submit(count_threads).result()
+    assert threads == [0]
 
 
 def test_the_same_step_gives_the_same_batch_in_any_order_of_asking():
