@@ -51,8 +51,9 @@ SHARED_TIMEOUT_S = 30.0
 class Checkpointer:
     """The checkpoints of one run: the last `keep` and the one with the lowest validation loss, no others.
 
-    Saves run on a thread, one at a time. One run may save to a directory while any number of processes read.
-    Call `close` before the program ends, or a save that is still running is lost.
+    Saves run on a thread, one at a time, and whatever reads here waits for the one that is running. One run
+    may save to a directory while any number of processes read. Call `close` before the program ends, or a
+    save that is still running is lost.
 
     Under torch.distributed, create it after `init_process_group`, and call each method on all ranks in the
     same order: rank 0 decides which steps there are, and a failure on one rank is raised on all. Leaves are
@@ -105,15 +106,18 @@ class Checkpointer:
         )
 
     def latest(self) -> int | None:
-        """The newest finished step; None if there is none. Running and interrupted saves do not count."""
+        """The newest finished step; None if there is none. Interrupted saves do not count."""
+        self.wait()
         return self._ranks.decide(lambda: max(_finished_steps(self._directory), default=None))
 
     def best(self) -> int | None:
         """The finished step with the lowest validation loss (the newest of equals); None if none has one."""
+        self.wait()
         return self._ranks.decide(lambda: _best_step(self._directory))
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given. Raises UserError if there is no such step or its file is damaged."""
+        self.wait()
         return self._ranks.decide(lambda: _read_metadata(self._directory, step))
 
     def restore(self, step: int, like: Tree) -> Tree:
@@ -123,6 +127,7 @@ class Checkpointer:
         (of whole tensors) and dtypes are compared before any array is read. Raises UserError, naming the
         leaf, if one differs; also if there is no such step or its files are damaged.
         """
+        self.wait()
         # Not returned by the action, since `agree` sends results to all ranks, and a state is too large.
         restored: list[Tree] = []
         self._ranks.agree(lambda: restored.append(self._restore(step, like)))

@@ -187,7 +187,6 @@ class Loop:
             if self.mesh is None:
                 if pending is not None:
                     self.report(self.step, *pending())
-                self.checkpointer.wait()
                 if (self.checkpointer.latest() or 0) < self.step:
                     self.save(state)
                     self.checkpointer.wait()

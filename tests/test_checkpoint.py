@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,11 +132,27 @@ def test_a_state_may_be_overwritten_once_save_returns(checkpointer: Checkpointer
     assert same_bits(checkpointer.restore(1, state), make_state(1))
 
 
-def test_save_returns_before_the_checkpoint_is_finished(checkpointer: Checkpointer) -> None:
+def test_save_returns_before_the_checkpoint_is_finished(checkpointer: Checkpointer, tmp_path: Path) -> None:
     checkpointer.save(1, {"large": torch.zeros(16_000_000)}, metadata={})
-    assert checkpointer.latest() is None
+    assert Checkpointer(tmp_path / "checkpoints").latest() is None
     checkpointer.wait()
-    assert checkpointer.latest() == 1
+    assert Checkpointer(tmp_path / "checkpoints").latest() == 1
+
+
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [
+        (lambda checkpointer: checkpointer.latest(), 1),
+        (lambda checkpointer: checkpointer.best(), 1),
+        (lambda checkpointer: checkpointer.metadata(1), {"a": 1}),
+        (lambda checkpointer: len(checkpointer.restore(1, {"large": torch.ones(4_000_000)})), 1),
+    ],
+)
+def test_what_has_just_been_saved_can_be_read(
+    read: Callable[[Checkpointer], Any], expected: Any, checkpointer: Checkpointer
+) -> None:
+    checkpointer.save(1, {"large": torch.zeros(4_000_000)}, metadata={"a": 1}, val_loss=1.0)
+    assert read(checkpointer) == expected
 
 
 def test_params_and_metadata_are_read_without_the_optimizer_or_its_config(trained: Path) -> None:
