@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ Config = TypeVar("Config")
 def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Config:
     """`default`, a `kind`, as changed by the command line; `--help` opens with the program's docstring.
 
-    Raises the UserError that `kind` raises for values that do not fit together, and SystemExit (status 2)
-    after tyro has said what is wrong with a flag.
+    Raises the UserError that `kind` raises for values that do not fit together, one for a flag with an empty
+    value, and SystemExit (status 2) after tyro has said what is wrong with a flag.
     """
+    require_values(sys.argv)
     program = sys.modules["__main__"]
     module = program.__spec__.name if program.__spec__ else None
     said = io.StringIO()
@@ -37,6 +39,15 @@ def parse(kind: type[Config], *, default: Config = tyro.MISSING_NONPROP) -> Conf
             raise mistake from None
         print(said.getvalue(), end="", file=sys.stderr)
         raise
+
+
+def require_values(words: list[str]) -> None:
+    """Raises UserError for an empty word, which a shell makes of a variable that is not set: as a path it
+    would mean the current folder."""
+    for before, word in itertools.pairwise(words):
+        flag, equals, value = word.partition("=") if word else (before, "=", "")
+        if flag.startswith("--") and equals and not value:
+            raise UserError(f"{flag} has an empty value, expected one that is not; set or leave out {flag}")
 
 
 def at_home(word: str) -> str:

@@ -233,7 +233,11 @@ def test_the_sample_command_writes_the_same_texts_from_a_checkpoint(
     ("flags", "sentence"),
     [
         (("--run-dir", "nowhere"), "holds no checkpoint"),
-        (("--prompt", ""), "the prompt is empty, expected at least one character; set --prompt"),
+        (
+            ("--prompt", ""),
+            "--prompt has an empty value, expected one that is not; set or leave out --prompt",
+        ),
+        (("--seed", "1", "--run-dir="), "--run-dir has an empty value, expected one that is not"),
         (("--temperature", "inf"), "the temperature is inf, expected a number of at least 0; set --temp"),
         (("--count", "0"), "count is 0, expected at least 1; set --count"),
         (("--max-new-tokens", "0"), "max_new_tokens is 0, expected at least 1; set --max-new-tokens"),
