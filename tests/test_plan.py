@@ -43,5 +43,17 @@ def test_the_plan_ends_where_this_start_of_the_run_ends() -> None:
     assert "this run is steps 1000 to 1500 of 17234" in plan_text(plan._replace(config=config))
 
 
+def test_the_plan_of_several_devices_divides_the_state_and_the_step() -> None:
+    plan = plan_of_gpt2()
+    spec = dataclasses.replace(plan.spec, process_count=8)
+    text = plan_text(plan._replace(spec=spec, mesh=(2, 4), compile=False, optimizer_slots=3))
+    rows = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert rows["mesh"] == "2 replica(s) of the state, each divided among 4 process(es)"
+    assert rows["device"].endswith(", bfloat16, eager")
+    assert "= 8 device(s) x 1 microstep(s) x 64 sequences" in rows["step"]
+    assert "parameters 124.4 MB, optimizer state 373.3 MB, " in rows["memory"]  # quarters of 497.8 MB, x 3
+    assert "a step is at least 0.18 s and the run 48:36 at 312 TFLOP/s" in rows["compute"]  # eighths
+
+
 if __name__ == "__main__":
     GOLDEN.write_text(plan_text(plan_of_gpt2()) + "\n")
