@@ -391,6 +391,26 @@ def test_every_rank_gets_the_sentence(pool: Pool, relayed: Relay) -> None:
     assert one[3].startswith(f"{directory} already holds a checkpoint of step 6")
 
 
+def be_odd() -> list[str]:
+    """What all ranks raise where some do: an OSError on rank 1, two UserErrors, and both kinds."""
+    ranks, rank = Ranks(), dist.get_rank()
+
+    def fail(*errors: Exception | None) -> None:
+        if error := errors[rank]:
+            raise error
+
+    rounds = [
+        (None, FileNotFoundError(2, "gone\nfor good")),
+        (UserError("mine"), UserError("yours")),
+        (OSError("full"), UserError("yours")),
+    ]
+    return [refusal(lambda errors=errors: ranks.agree(lambda: fail(*errors)), Exception) for errors in rounds]
+
+
+def test_the_error_of_the_first_rank_that_fails_is_raised_on_all(pool: Pool) -> None:
+    assert pool.run(2, be_odd) == [["rank 1: [Errno 2] gone", "mine", "rank 0: full"]] * 2
+
+
 def fall_silent() -> str:
     """Rank 0 waits for a rank that computes something else."""
     ranks = Ranks(timeout_s=5)
