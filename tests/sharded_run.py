@@ -82,6 +82,10 @@ def hangs() -> None:
     at_step(3, lambda: time.sleep(60))
 
 
+def is_interrupted() -> None:
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
 def at_step(number: int, action: Callable[[], None]) -> None:
     """Does something when this rank begins a step."""
     note = Team.step
@@ -129,6 +133,7 @@ CHAINS = {
         Start(2, SHORT | {"train__seed": 1}),
         Start(2, SHORT | {"model__n_embd": 16, "init__run_dir": "other"}, run_dir="fresh"),
     ],
+    "signal": [Start(2, SHORT, odd=is_interrupted)],
     "hang": [Start(2, SHORT | {"mesh__timeout_s": 5}, odd=hangs)],
 }
 

@@ -33,6 +33,8 @@ from nanogpt.ranks import Ranks
 
 MESHES = {2: (2,), 3: (3,), 4: (4,), 5: (2, 2), 6: (1,)}
 """The mesh that saved each step; step 1 is saved by a process that knows nothing of ranks."""
+PLAIN = (2, 3)
+"""The shape of a leaf that every rank has whole."""
 JOB_TIMEOUT_S = 100
 PRELOADED = ["torch.distributed.fsdp", "torch._dynamo", "nanogpt.orbax_edge", __name__]
 
@@ -51,16 +53,22 @@ def make_state(step: int) -> State:
         even, uneven, few = (torch.randn(shape, generator=generator) for shape in ((12, 64), (7, 3), (5,)))
         uneven[0, 0], uneven[-1, -1] = float("nan"), -0.0
         one = torch.randn(1, generator=generator).bfloat16()
-        return {"even": even, "uneven": uneven, "few": few, "one": one, "half": uneven.bfloat16()}
+        plain = torch.randn(PLAIN, generator=generator)
+        return dict(even=even, uneven=uneven, few=few, one=one, half=uneven.bfloat16(), plain=plain)
 
     return State(torch.tensor(step), leaves(), ((), (torch.tensor(step, dtype=torch.int32), leaves())))
 
 
 def sharded(state: State, shape: tuple[int, ...]) -> State:
-    """`state` as DTensors on a mesh of all ranks; its counts stay plain tensors."""
+    """`state` as DTensors on a mesh of all ranks; its counts and leaves like PLAIN stay plain tensors."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     placements = (Replicate(), Shard(0))[-len(shape) :]
-    return tree.map(lambda leaf: distribute_tensor(leaf, mesh, placements) if leaf.dim() else leaf, state)
+
+    def place(leaf: Tensor) -> Tensor:
+        is_plain = leaf.shape in ((), PLAIN)
+        return leaf if is_plain else distribute_tensor(leaf, mesh, placements)
+
+    return tree.map(place, state)
 
 
 def differences(got: Any, expected: Any) -> list[str]:
@@ -231,9 +239,10 @@ def written_by(folder: Path, leaf: str) -> dict[str, list[str]]:
         (3, "params/uneven", {"0": ["c/0/0"], "1": ["c/1/0"], "2": ["c/2/0"]}),
         (4, "params/few", {"0": ["c/0"], "1": ["c/1"], "2": ["c/2"], "3": []}),
         (4, "step", {"0": ["c"], "1": [], "2": [], "3": []}),
+        (4, "params/plain", {"0": ["c/0/0"], "1": [], "2": [], "3": []}),
         (5, "params/uneven", {"0": ["c/0/0"], "1": ["c/1/0"]}),
     ],
-    ids=["shards", "empty shards", "a plain tensor", "replicas"],
+    ids=["shards", "empty shards", "a count", "a plain tensor", "replicas"],
 )
 def test_each_shard_is_written_once_by_the_rank_that_holds_it(
     relayed: Relay, step: int, leaf: str, chunks: dict[str, list[str]]
@@ -383,7 +392,7 @@ def test_every_rank_gets_the_sentence(pool: Pool, relayed: Relay) -> None:
     assert one == other
     assert one[0] == (
         f"the checkpoint of step 6 in {directory} is of another model or optimizer: params/uneven is "
-        "float32[7, 3], expected float32[5, 3] (1 of 12 leaves differ); use the config in its metadata, or "
+        "float32[7, 3], expected float32[5, 3] (1 of 14 leaves differ); use the config in its metadata, or "
         "another directory"
     )
     missing = f"{directory} holds no checkpoint of step 7; choose one that it holds: 1, 2, 3, 4, 5, 6"

@@ -175,6 +175,13 @@ def test_another_run_in_the_directory_and_another_model_to_start_from_are_refuse
     assert not (folder / "fresh/metrics.jsonl").exists()
 
 
+def test_a_signal_that_one_rank_alone_gets_stops_all_with_a_checkpoint(folder: Path) -> None:
+    (outcome,) = outcomes(folder, "signal")
+    assert outcome["statuses"] == [128 + signal.SIGTERM, 128 + signal.SIGINT], outcome["said"]
+    assert "stopped at step 2, saved; the same command goes on from there" in outcome["said"]
+    assert os.listdir(folder / "signal/checkpoints") == ["2"]
+
+
 def test_a_rank_that_hangs_is_named_with_its_step(folder: Path) -> None:
     (outcome,) = outcomes(folder, "hang")
     assert outcome["statuses"] == [1, 1]
