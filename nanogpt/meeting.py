@@ -98,7 +98,9 @@ def meet(world: World, *, timeout_s: float) -> Store:
         raise unanswered(world) from error
 
 
-def wait_for_port(address: str, port: int, deadline: float) -> None:
+def wait_for_port(
+    address: str, port: int, deadline: float, *, whom: str = "rank 0", poll_s: float = POLL_S
+) -> None:
     """Returns once something listens there. TCPStore waits too, but writes a C++ stack for each attempt."""
     while True:
         left = deadline - time.monotonic()
@@ -108,10 +110,10 @@ def wait_for_port(address: str, port: int, deadline: float) -> None:
         except OSError as error:
             if left < 0:
                 raise UserError(
-                    f"{host()} cannot reach rank 0 at {meeting_point()} ({error}); check that rank 0's "
+                    f"{host()} cannot reach {whom} at {address}:{port} ({error}); check that {whom}'s "
                     f"machine was started, the address, the port, and the firewall between them"
                 ) from error
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 def unanswered(world: World) -> UserError:

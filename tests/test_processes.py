@@ -566,7 +566,8 @@ def test_a_launch_script_is_bash(name: str) -> None:
 
 def two_nodes(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     script = str(ROOT / "experiments/launch/two_nodes.sh")
-    clean = {name: value for name, value in os.environ.items() if name not in NAMES}
+    own = {*NAMES, "TORCH_CPP_LOG_LEVEL"}  # this process has set the latter by importing the launcher
+    clean = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.Popen(
         [script, *arguments],
         env=clean | {"PYTHON": sys.executable} | environment,
@@ -595,6 +596,33 @@ def test_two_nodes_names_what_is_wrong(
     with two_nodes(*arguments, **environment) as process:
         _, said = process.communicate(timeout=20)
     assert (process.returncode, said.splitlines()[-1]) == (2, f"error: {sentence}")
+
+
+def test_a_machine_that_nobody_joins_says_so_in_time() -> None:
+    with two_nodes("head", "127.0.0.1", PORT=str(port := free_port()), JOIN_TIMEOUT="1") as process:
+        _, said = process.communicate(timeout=60)
+    meeting, end = said.splitlines()
+    assert process.returncode == 2
+    assert meeting.endswith(f": the machines meet at 127.0.0.1:{port}, within 1 s")
+    assert end.startswith(
+        "error: the machines did not meet (nobody else came in time); start the same command"
+    )
+
+
+CONNECTS = """
+from datetime import timedelta
+from experiments.launch import torchrun
+torchrun.TCPStore("127.0.0.1", 1, is_master=False, timeout=timedelta(seconds=2))
+"""
+
+
+def test_an_attempt_to_connect_leaves_no_warning_with_a_stack() -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECTS], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60
+    )
+    assert "DistNetworkError" in done.stderr
+    assert "[W" not in done.stderr
 
 
 def program(path: Path, line: str) -> Path:
@@ -636,6 +664,10 @@ def test_slurm_gives_each_torchrun_the_cores_of_its_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (
+            ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:1", "--rdzv-conf=is_host=0,join_timeout=1"],
+            f"{socket.gethostname()} cannot reach the head at 127.0.0.1:1 ([Errno 111] Connection refused); ",
+        ),
         (["--nproc-per-node=0"], "--nproc-per-node is 0, expected a number from 1"),
         (
             ["--nproc-per-node=two"],
@@ -680,10 +712,7 @@ with Team(world()) as team, team.connected("cpu", timeout_s=60):
 
 def test_two_machines_meet_and_a_mistake_on_one_ends_both_torchruns_without_a_restart(tmp_path: Path) -> None:
     (tmp_path / "a_program.py").write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        settings = {"PORT": str(free.getsockname()[1]), "NGPUS": "1", "JOIN_TIMEOUT": "60"}
-    settings["PYTHONPATH"] = str(tmp_path)
+    settings = {"PORT": str(free_port()), "NGPUS": "1", "JOIN_TIMEOUT": "60", "PYTHONPATH": str(tmp_path)}
     with (
         two_nodes("head", "127.0.0.1", "a_program", **settings) as head,
         two_nodes("other", "127.0.0.1", "a_program", LOCAL_ADDRESS="127.0.0.1", **settings) as other,
@@ -692,6 +721,6 @@ def test_two_machines_meet_and_a_mistake_on_one_ends_both_torchruns_without_a_re
     assert (head.returncode, other.returncode) == (2, 2), said
     out, err = ("".join(texts) for texts in zip(*said, strict=True))
     assert sorted(out.splitlines()) == ["rank 0 of 2 is 0 here", "rank 1 of 2 is 0 here"]
-    assert [line for line in err.splitlines() if line.startswith("error")] == [
+    assert [line for line in err.splitlines() if "the machines meet at" not in line] == [
         f"error: rank 1 ({socket.gethostname()}): the disk is full; free some"
     ]

@@ -12,8 +12,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from argparse import Namespace
 from datetime import timedelta
+
+# Before torch is imported, here and in the ranks: it would warn, with a C++ stack, of each attempt to connect
+# and, where a machine ends last, also after a run that went well.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from torch.distributed import (
     DistError,
@@ -22,13 +27,16 @@ from torch.distributed import (
 )
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from nanogpt.errors import UserError
+from nanogpt.meeting import wait_for_port
 
 ANSWER_S = 10.0
 """Seconds that a listener at the meeting point has to answer as a store would."""
+JOIN_TIMEOUT_S = 600
+"""torchrun's default for how long machines wait for each other."""
 
 
 def main(arguments: list[str]) -> int:
@@ -58,8 +66,9 @@ def main(arguments: list[str]) -> int:
         # A rank ends this process with SIGQUIT after a mistake of the user: nanogpt.meeting.stop_restarts.
         return 2 if stop.sigval == signal.SIGQUIT else 128 + stop.sigval
     except (RendezvousError, DistError) as error:  # the latter if --master-port is taken
+        reason = str(error.__cause__ or error).partition("\n")[0] or "nobody else came in time"
         print(
-            f"error: the machines did not meet ({error}); start the same command on each, and look at the "
+            f"error: the machines did not meet ({reason}); start the same command on each, and look at the "
             f"address, the port (it may be taken) and the firewall",
             file=sys.stderr,
         )
@@ -69,15 +78,22 @@ def main(arguments: list[str]) -> int:
 
 def check(arguments: list[str]) -> None:
     """Raises UserError for what torchrun would answer with a traceback, or not at all: if another program
-    listens at its port, it waits forever."""
+    listens at its port, it waits forever. A machine that is not the host waits here for it to start, which
+    torchrun would do for a minute or two instead of its join_timeout."""
     flags = run.parse_args(arguments)
     try:
         config, *_ = run.config_from_args(flags)
         place = meeting_point(flags)
+        names = (config.rdzv_backend, config.rdzv_endpoint, config.run_id, config.min_nodes, config.max_nodes)
+        meeting = RendezvousParameters(*names, **config.rdzv_configs)
+        is_guest = place is not None and meeting.get_as_bool("is_host") is False
+        wait_s = meeting.get_as_int("join_timeout", JOIN_TIMEOUT_S)
     except (ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"torchrun refuses its flags ({error}), expected what its --help lists") from error
     if config.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node is {config.nproc_per_node}, expected a number from 1")
+    if place is not None and is_guest:
+        wait_for_port(*place, time.monotonic() + (wait_s or 0), whom="the head", poll_s=1.0)
     if place is not None and is_taken(*place):
         raise UserError(
             f"what listens on {place[0]}:{place[1]} is no torchrun, expected a free port for machines to "

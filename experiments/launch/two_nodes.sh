@@ -51,6 +51,7 @@ done
 [ "$processes" != 0 ] || fail "NGPUS is 0, expected a number from 1"
 [ "$role" = head ] && local_address=${LOCAL_ADDRESS:-$address} || local_address=${LOCAL_ADDRESS:-}
 
+echo "$role on $HOSTNAME: the machines meet at $address:${PORT:-29500}, within ${JOIN_TIMEOUT:-600} s" >&2
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 # is_host is given because torchrun would infer it from the machine's name, which an address behind a second
