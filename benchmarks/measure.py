@@ -140,6 +140,13 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Puts `text` into the file, which keeps what it had until all of the text is written."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 @contextlib.contextmanager
 def whole_results(*paths: Path) -> Iterator[None]:
     """Raises UserError if a result from one of `paths` lacks a part, or has something else in its place."""

@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from benchmarks.measure import (
     require_some,
     say,
     whole_results,
+    write_whole,
 )
 from benchmarks.pictures import has_rows, pictures_of
 from nanogpt.command import parse
@@ -202,7 +204,7 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     filling["{batches}"] = f"{batch} {batch // 2} {batch // 4}"
     results = results_of_the_same_machine(old, about, config, path)
     report = {"benchmark": "report", "facts": about, "results": results}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(path.parent)
     for name in config.only:
         arguments = given[name]
         for word, text in filling.items():
@@ -216,8 +218,20 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
                 f"and --only to what is still to be measured"
             )
         results[name] = found
-        path.write_text(json.dumps(report))
+        write_whole(path, json.dumps(report))
     return report
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder if need be. Raises UserError if no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}), expected a folder of yours with room; set another "
+            f"--out"
+        ) from error
 
 
 def batch_for(memory_bytes: int) -> int:
@@ -360,7 +374,7 @@ def write(report: dict[str, Any], folder: Path, name: str) -> list[Path]:
     paths = []
     for suffix, text in texts.items():
         paths.append(folder / f"{name}.{suffix}")
-        paths[-1].write_text(text)
+        write_whole(paths[-1], text)
     return paths
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -842,6 +843,27 @@ def test_a_report_keeps_what_it_has_when_it_is_stopped(
     results = read_json(path)["results"]
     assert results.keys() == {"throughput", "predict"}
     assert results["predict"]["arguments"] == f"--measured {os.path.relpath(path)}"
+
+
+def test_a_full_disk_costs_a_report_nothing_that_it_had(tmp_path: Path) -> None:
+    older = report.REPORTS / "cpu-2-cores-amd-epyc-bf16.json"
+    path = tmp_path / older.name
+    path.write_text(older.read_text())
+    results = report.read_report(path)["results"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # the next file ends there
+    try:
+        with pytest.raises(OSError, match="too large"):
+            report.write(report.read_report(path), tmp_path, path.stem)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert report.read_report(path)["results"] == results
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_measured() -> None:
+    config, path = report.ReportConfig(only=("predict",), quick=True), Path("/proc/here.json")
+    with pytest.raises(UserError, match=r"cannot write to /proc \(.*\), expected .*; set another --out"):
+        report.measure(config, ZEN4, path)
 
 
 def test_arguments_that_a_benchmark_refuses_cost_a_report_nothing(
