@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -216,9 +218,36 @@ def choose_device(device: str | None) -> str:
 
 
 @contextlib.contextmanager
+def ended_with_us(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
+    """Waits for the process; ends it before that if the body is left early."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def sigterm_as_an_error() -> Iterator[None]:
+    """Makes SIGTERM end the body as an error does: it removes its files and ends its processes on the way."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # one is enough
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:  # not if meeting.ignore_torchrun has replaced it
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the program as a run ends; every ValueError and OSError counts as the user's mistake."""
-    with mistakes_in_a_sentence():
+    with mistakes_in_a_sentence(), sigterm_as_an_error():
         try:
             yield
         except BrokenPipeError:  # nobody reads what is printed

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -25,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from benchmarks.measure import (
+    ended_with_us,
     facts,
     finish,
     one_line_errors,
@@ -171,27 +171,26 @@ def bare_share(texts: list[str], engine: str) -> tuple[int, float, float]:
 def command(source: Path, out: Path, engine: str, workers: int) -> tuple[float, int]:
     """Wall seconds of the whole command, and the peak of the resident bytes of all its processes together."""
     line = [sys.executable, "-m", "nanogpt.prepare", str(source), "--out", str(out)]
+    line += ["--engine", engine, "--workers", str(workers)]
+    nowhere = subprocess.DEVNULL
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [*line, "--engine", engine, "--workers", str(workers)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with ThreadPoolExecutor(1) as beside:
-        ended = threading.Event()
-        peak = beside.submit(peak_resident_bytes, process.pid, ended)
+    with (
+        ThreadPoolExecutor(1) as beside,  # its thread ends with the process
+        ended_with_us(subprocess.Popen(line, stdout=nowhere, stderr=nowhere)) as process,
+    ):
+        peak = beside.submit(peak_resident_bytes, process)
         process.wait()
         seconds = time.perf_counter() - start
-        ended.set()
     assert process.returncode == 0, f"{line} ended with status {process.returncode}"
     return seconds, peak.result()
 
 
-def peak_resident_bytes(pid: int, ended: threading.Event) -> int:
-    """The largest `resident_bytes`, polled every POLL_S, which takes little of the machine's time."""
+def peak_resident_bytes(process: subprocess.Popen[bytes]) -> int:
+    """The largest `resident_bytes` until the process ends, polled every POLL_S, which takes little time."""
     peak = 0
-    while not ended.wait(POLL_S):
-        peak = max(peak, resident_bytes(pid))
+    while process.poll() is None:
+        peak = max(peak, resident_bytes(process.pid))
+        time.sleep(POLL_S)
     return peak
 
 

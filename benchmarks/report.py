@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks import data, limit, parts, peers, predict, prepare, sharding, throughput
 from benchmarks.measure import (
     choose_device,
+    ended_with_us,
     facts,
     finish,
     flags_set,
@@ -156,16 +157,15 @@ def run_benchmark(name: str, arguments: str) -> dict[str, Any]:
     say(f"python -m benchmarks.{name} {arguments}")
     command = [sys.executable, "-m", f"benchmarks.{name}", *shlex.split(arguments)]
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=False, timeout=COMMAND_LIMIT_S
-        )
+        with ended_with_us(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
+            printed, _ = process.communicate(timeout=COMMAND_LIMIT_S)
     except subprocess.TimeoutExpired:
         error = f"python -m benchmarks.{name} {arguments} took more than {COMMAND_LIMIT_S} s"
         return {"benchmark": name, "error": error}
-    if done.returncode:
-        error = f"python -m benchmarks.{name} {arguments} ended with status {done.returncode}"
-        return {"benchmark": name, "error": error, "status": done.returncode}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if process.returncode:
+        error = f"python -m benchmarks.{name} {arguments} ended with status {process.returncode}"
+        return {"benchmark": name, "error": error, "status": process.returncode}
+    return json.loads(printed.strip().splitlines()[-1])
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -153,6 +154,34 @@ def test_a_benchmark_that_is_stopped_ends_without_a_traceback() -> None:
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise KeyboardInterrupt
     assert stop.value.code == 130
+
+
+def test_a_benchmark_that_is_terminated_leaves_no_file_and_no_process(tmp_path: Path) -> None:
+    for folder in ("temporary", "out"):
+        Path(tmp_path, folder).mkdir()
+    endless = "data --file-bytes 8388608 --batch-size 8 --total-batch-size 65536 --rounds 1000000"
+    command = [sys.executable, "-m", "benchmarks.report", "--out", str(tmp_path / "out"), "--only", "data"]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    with subprocess.Popen(
+        [*command, "--arguments", endless], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        assert any("round 1" in line for line in process.stderr)
+        assert [*Path(tmp_path, "temporary").iterdir()]
+        process.terminate()
+        process.stderr.read()  # until the benchmark, which has it too, has ended
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not [*Path(tmp_path, "temporary").iterdir()]
+
+
+def test_a_ctrl_c_ends_the_command_that_is_timed(tmp_path: Path) -> None:
+    source = tmp_path / "corpus.txt"
+    source.write_text("text")
+    ctrl_c = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))  # the command imports for longer
+    ctrl_c.start()
+    with pytest.raises(KeyboardInterrupt):
+        prepare.command(source, tmp_path / "out", "tiktoken", 1)
+    assert not Path(tmp_path, "out").exists()
 
 
 def test_a_benchmark_whose_output_nobody_reads_ends_without_a_word() -> None:
