@@ -24,7 +24,7 @@ FEW, SMALLEST_CHANGE_OF_FEW = 5, 0.10
 ENOUGH_FOR_QUARTILES = 10
 SMALLEST_CHANGE_BYTES = 5e6  # what a process's memory varies by itself
 HIGHER_IS_BETTER = ("tokens_per_second", "speedup", "share_of_product")
-WORK_KEYS = ("contender", "work", "mesh", "layout", "file_bytes", "megabytes")
+WORK_KEYS = ("contender", "work", "versions", "mesh", "layout", "file_bytes", "megabytes")
 MEMORY_KEYS = ("memory/steps", "peak_growth_bytes", "peak_bytes")
 
 

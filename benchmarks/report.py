@@ -98,7 +98,7 @@ LARGEST_BATCH, SMALLEST_BATCH = 64, 4
 BYTES_A_SEQUENCE = 1.25e9
 """GPU memory for a sequence of 1,024 tokens: more than twice what the largest peer's step takes in the report
 of an H100, since the other peers' states are in memory as well."""
-SAME_MACHINE = ("device", "hardware", "cores", "bf16_fast")
+SAME_MACHINE = ("device", "hardware", "cores", "threads", "bf16_fast", "torch")
 """Facts that all measurements in a report have in common."""
 ON_A_DEVICE = ("throughput", "peers", "limit", "parts")
 """Benchmarks that have --device; the others run on the CPU."""

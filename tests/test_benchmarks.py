@@ -597,6 +597,8 @@ def test_what_was_not_asked_for_in_the_same_way_is_named() -> None:
     assert list(compare.other_work(*meshes)) == [("throughput", "shard 1 and 2")]
     files = ({"benchmark": "data", "file_bytes": size} for size in (1, 2))
     assert list(compare.other_work(*files)) == [("data", "file_bytes 1 and 2")]
+    peer = ({"benchmark": "peers", "versions": {"transformers": version}} for version in ("4.9", "5.0"))
+    assert list(compare.other_work(*peer)) == [("peers", "transformers 4.9 and 5.0")]
 
 
 def test_a_number_of_a_report_says_whose_it_is() -> None:
@@ -966,6 +968,15 @@ def test_a_report_is_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "facts": ZEN4,
         "results": {"peers": {"benchmark": "peers"}},
     }
+
+
+def test_a_report_is_of_one_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "run_benchmark", lambda name, arguments: {"benchmark": name})
+    path = tmp_path / "here.json"
+    report.measure(report.ReportConfig(only=("peers", "limit")), ZEN4 | {"torch": "2.9", "threads": 2}, path)
+    for changed in ({"torch": "2.10", "threads": 2}, {"torch": "2.9", "threads": 1}):
+        with pytest.raises(UserError, match=r"has (torch 2\.9|threads 2), .* since its limit would stay"):
+            report.measure(report.ReportConfig(only=("peers",)), ZEN4 | changed, path)
 
 
 @pytest.mark.parametrize("quick", [False, True])
