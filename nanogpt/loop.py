@@ -324,6 +324,6 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handle)
         yield caught
     finally:
-        for number, handler in before.items() if is_main else ():
+        for number, handler in before.items():
             if signal.getsignal(number) is handle:  # not if meeting.ignore_torchrun has replaced it
                 signal.signal(number, handler)

@@ -376,13 +376,13 @@ def refuse(directory: Path) -> list[str]:
     with closing(Checkpointer(directory)) as checkpointer:
         state = sharded(make_state(0), shape)
         params = state.params | sharded(State(other_shape, {"uneven": other_shape}, ()), shape).params
-        placed = distribute_tensor(torch.zeros(4, 4), init_device_mesh("cpu", shape), [Shard(1)])
+        twice = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (2, 1)), [Shard(0), Shard(0)])
         return [
             refusal(lambda: checkpointer.restore(6, state._replace(params=params))),
             refusal(lambda: checkpointer.restore(7, state)),
             refusal(lambda: checkpointer.metadata(7)),
             refusal(lambda: checkpointer.save(6, state, metadata={})),
-            refusal(lambda: checkpointer.save(7, {"p": placed}, metadata={})),
+            refusal(lambda: checkpointer.save(7, {"p": twice}, metadata={}), ValueError),
         ]
 
 
@@ -398,6 +398,7 @@ def test_every_rank_gets_the_sentence(pool: Pool, relayed: Relay) -> None:
     missing = f"{directory} holds no checkpoint of step 7; choose one that it holds: 1, 2, 3, 4, 5, 6"
     assert one[1:3] == [missing, missing]
     assert one[3].startswith(f"{directory} already holds a checkpoint of step 6")
+    assert one[4] == "a leaf placed as (Shard(dim=0), Shard(dim=0)) cannot be saved or restored in shards"
 
 
 def be_odd() -> list[str]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ from nanogpt.loop import RunResult, check_finite
 from nanogpt.model import GPT2Config, init
 from nanogpt.optim import warmup_cosine
 from nanogpt.run import check_attention, cut_in_words, fit, main, make_optimizer, smaller_microsteps
+from nanogpt.sample import generate
 from nanogpt.tracker import read_metrics
 from nanogpt.train import init_state
 
@@ -225,6 +227,32 @@ def test_signals_get_their_handlers_back_unless_they_are_ignored_by_then() -> No
         signal.signal(signal.SIGTERM, before[signal.SIGTERM])
 
 
+def test_a_second_signal_has_its_usual_effect_and_what_nohup_ignores_none() -> None:
+    usual: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGTERM, lambda number, frame: usual.append(number))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with loop.catch_signals() as caught:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+        assert (caught, usual) == ([signal.SIGTERM], [signal.SIGTERM])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_main_one() -> None:
+    def catch() -> list[int]:
+        with loop.catch_signals() as caught:
+            return caught
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(catch).result() == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,14 +281,64 @@ def test_a_kernel_without_float32_is_refused_on_a_gpu() -> None:
         check_attention(config, "cuda", "float32")
 
 
-def test_samples_of_two_steps_are_two_draws_and_the_best_checkpoint_stays(go: Go, tmp_path: Path) -> None:
-    wanted = {"sample__temperature": 5, "optim__max_learning_rate": 1e-9, "optim__min_learning_rate": 0}
-    go(tmp_path, *EAGER, train__max_steps=3, sample__interval=1, eval__interval=1, **wanted)
+def test_samples_of_two_steps_are_two_draws_by_the_settings(go: Go, tmp_path: Path) -> None:
+    still = {"optim__max_learning_rate": 1e-9, "optim__min_learning_rate": 0, "eval__interval": None}
+    wanted = {"sample__temperature": 5, "sample__top_k": 9, "sample__tokens": 30, "sample__prompt": "AB"}
+    result = go(tmp_path, *EAGER, train__max_steps=3, sample__interval=1, **still, **wanted)
+    samples = [record["sample"] for record in read_metrics(tmp_path / "metrics.jsonl") if "sample" in record]
+    assert len(set(samples)) == 3
+    tokens = generate(
+        result.state.params,
+        GPT2Config(32, 16, 1, 2, 16),
+        torch.tensor([[1, 2]]),
+        max_new_tokens=30,
+        temperature=5.0,
+        top_k=9,
+        generator=torch.Generator().manual_seed(RunConfig().train.seed + 3),
+    )
+    assert samples[-1] == "".join(ALPHABET[token] for token in tokens[0])
+
+
+def test_the_best_checkpoint_stays_and_is_one_that_was_evaluated(go: Go, tmp_path: Path) -> None:
+    """A step without an evaluation has no part in the loss of the one before, which was better."""
+    rising = {"optim__max_learning_rate": 1, "optim__warmup_steps": 3, "sample__interval": None}
+    often = {"eval__interval": 2, "checkpoint__interval": 1, "checkpoint__keep": 1}
+    go(tmp_path, *EAGER, train__max_steps=4, **rising, **often)
     records = read_metrics(tmp_path / "metrics.jsonl")
-    assert len({record["sample"] for record in records if "sample" in record}) == 3
-    val_losses = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
-    best = Checkpointer(tmp_path / "checkpoints").best()
-    assert best == min(val_losses, key=lambda step: (val_losses[step], -step))
+    first, last = (record["val_loss"] for record in records if "val_loss" in record)
+    assert first < last
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"]
+    assert Checkpointer(tmp_path / "checkpoints").best() == 2
+
+
+def test_the_seed_decides_dropped_features(go: Go, tmp_path: Path) -> None:
+    """Of the same tokens and first parameters."""
+    write_tokens(tmp_path / "data", np.zeros(400, dtype=int))
+    same = {"data__path": tmp_path / "data", "train__stop_after": 1, "init__run_dir": tmp_path / "first"}
+    go(tmp_path / "first", *EAGER, **same | {"init__run_dir": None})
+    one, other = (go(tmp_path / f"{seed}", *EAGER, **same, train__seed=seed).loss for seed in (1, 2))
+    assert one != other
+
+
+class Names(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kernel", "is_called"), [("flash", True), ("math", False)])
+def test_the_attention_of_a_flag_is_that_of_the_steps(
+    go: Go, tmp_path: Path, kernel: str, is_called: bool
+) -> None:
+    with Names() as names:
+        go(tmp_path, *EAGER, train__attention=kernel, train__stop_after=1, model__dropout=0)
+    assert any("flash_attention" in name for name in names.found) == is_called
 
 
 def test_the_plan_comes_first_and_alone_writes_nothing(go: Go, tmp_path: Path, capsys: Any) -> None:
@@ -825,6 +903,26 @@ def test_tokens_that_break_in_a_run_lose_no_step(
     assert Checkpointer(tmp_path / "cut/checkpoints").latest() == saved
     file.write_bytes(whole_file)
     assert differing_leaves(whole, go(tmp_path / "cut", *EAGER, **rare)) == []
+
+
+def test_tokens_that_break_after_a_checkpoint_are_the_mistake_and_nothing_is_saved_again(
+    go: Go, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokens(tmp_path / "data", np.arange(4000) % 32)
+    file, batch_at = tmp_path / "data/train.bin", loop.batch_at
+
+    def cut(tokens: Any, step: int, spec: BatchSpec) -> Batch:
+        if step == 2:
+            os.truncate(file, 100)
+        return batch_at(tokens, step, spec)
+
+    monkeypatch.setattr(loop, "batch_at", cut)
+    with pytest.raises(SystemExit):
+        go(tmp_path / "run", *EAGER, data__path=tmp_path / "data", train__max_steps=9, checkpoint__interval=2)
+    said = capsys.readouterr()
+    assert "train.bin ends at byte 100" in said.err
+    assert "saved, since" not in said.out
+    assert Checkpointer(tmp_path / "run/checkpoints").latest() == 2
 
 
 def test_tokens_that_break_after_a_lost_step_do_not_save_it(monkeypatch: pytest.MonkeyPatch) -> None:
