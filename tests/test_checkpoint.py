@@ -497,6 +497,17 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
         )
 
 
+@pytest.mark.parametrize(("keep", "needed"), [(3, "8.0 MB"), (2, "4.0 MB"), (1, "4.0 MB")])
+def test_checkpoints_that_are_there_need_no_more_room(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, keep: int, needed: str
+) -> None:
+    """Three are; at most `keep`, the best and the one being written exist at a time."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2_000_000))
+    with pytest.raises(UserError, match=f"free and checkpoints need {needed};"):
+        Checkpointer(trained, keep=keep).check({"large": torch.zeros(1_000_000)})
+
+
 def test_keeping_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"^keeping 0 checkpoints would leave none to resume from; keep at least 1$"

@@ -1,6 +1,7 @@
 """A run as its user meets it: flags in, files and lines out, and a sentence for each mistake."""
 
 import ctypes
+import dataclasses
 import fcntl
 import json
 import math
@@ -28,8 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt import hf, loop, optim, perf, run, run_dir, tree
 from nanogpt.checkpoint import Checkpointer, load_params
-from nanogpt.config import DataConfig, RunConfig, TrainConfig
+from nanogpt.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from nanogpt.data import Batch, BatchSpec
+from nanogpt.dataset import Dataset
 from nanogpt.errors import UserError
 from nanogpt.loop import RunResult, check_finite
 from nanogpt.model import GPT2Config, init
@@ -143,6 +145,8 @@ def test_a_run_leaves_config_metrics_picture_checkpoints_and_samples(go: Go, tmp
     about = json.loads((tmp_path / "config.json").read_text())
     assert about["config"]["model"]["n_embd"] == 16
     assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"].keys() == {"nanogpt", "python", "torch", "git_commit"}
+    assert about.keys() >= {"precision", "data", "data_hash", "data_sha256", "tokenizer", "command"}
     record = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert list(record) == [
         "step",
@@ -372,10 +376,76 @@ def test_a_finished_run_says_so_and_computes_nothing(go: Go, tmp_path: Path, cap
     assert "is at step 3, and this run ends at step 2; see its loss.png" in capsys.readouterr().out
 
 
-def test_what_decides_no_number_may_change_between_starts(go: Go, tmp_path: Path) -> None:
-    go(tmp_path, *EAGER, train__stop_after=2)
-    result = go(tmp_path, *EAGER, train__stop_after=3, data__batch_size=2, sample__tokens=1, eval__tokens=16)
+def test_what_decides_no_number_may_change_between_starts(go: Go, folder: Path, tmp_path: Path) -> None:
+    """And a run's directory may be moved; it is made with the folders above it."""
+    go(tmp_path / "runs/mine", *EAGER, train__stop_after=2)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    other = {"data__path": shutil.copytree(folder, tmp_path / "copy"), "data__batch_size": 2}
+    other |= {"sample__tokens": 1, "eval__tokens": 16, "train__stop_after": 3}
+    result = go(tmp_path / "moved/mine", *EAGER, **other)
     assert result.step == 3
+
+
+BELONG_TO_A_RUN = {
+    *(f"model.{field.name}" for field in dataclasses.fields(GPT2Config)),
+    *(f"optim.{field.name}" for field in dataclasses.fields(OptimConfig)),
+    *("data.total_batch_size", "train.max_steps", "train.seed", "train.precision"),
+}
+"""The flags that decide which tokens a run sees or what it computes with them."""
+
+
+@pytest.fixture
+def dataset(folder: Path) -> Dataset:
+    tokens = np.arange(9, dtype=np.uint16)
+    return Dataset(folder, tokens, tokens, None, "a hash", {"train.bin": "12ab"}, "")
+
+
+def test_a_run_goes_on_with_other_flags_unless_they_decide_its_numbers(dataset: Dataset) -> None:
+    config = RunConfig(train=TrainConfig(precision="float32"))
+    about = run_dir.describe(config, dataset, "float32")
+    refused = set()
+    for group, values in about["config"].items():
+        for name in values if isinstance(values, dict) else [None]:
+            other = json.loads(json.dumps(about))
+            if name is None:
+                other["config"][group] = "other"
+            else:
+                other["config"][group][name] = "other"
+            if (group, name) == ("train", "precision"):
+                other["precision"] = "other"
+            try:
+                run_dir.check_same_run(other, config, dataset)
+            except UserError:
+                refused.add(f"{group}.{name}")
+    assert refused == BELONG_TO_A_RUN
+    del about["config"]["optim"]  # as of a program that had no such settings
+    with pytest.raises(UserError, match=r"holds a run with --optim.max-learning-rate None, now 0\.0006"):
+        run_dir.check_same_run(about, config, dataset)
+
+
+def test_data_is_another_if_what_is_known_of_both_differs(dataset: Dataset) -> None:
+    about = run_dir.describe(RunConfig(), dataset, "float32")
+    run_dir.check_same_run(about, RunConfig(), dataset._replace(sha256=None))
+    for other in (dataset._replace(hash="another"), dataset._replace(sha256={"train.bin": "34cd"})):
+        with pytest.raises(UserError, match="was trained on other data than"):
+            run_dir.check_same_run(about, RunConfig(), other)
+
+
+def test_a_run_without_its_config_json_or_its_checkpoints_is_still_that_run(
+    go: Go, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """The file may be moved away, for each checkpoint holds the same; before the first there is only it."""
+    home = tmp_path / "run"
+    go(home, *EAGER, train__stop_after=1)
+    (home / "config.json").unlink()
+    assert "holds a run with --train.seed 1337, now 1" in refused(train__seed=1)
+    assert "holds a run (at step 1), expected none with --resume never" in refused(resume="never")
+    assert go(home, *EAGER, train__stop_after=2).step == 2
+    assert json.loads((home / "config.json").read_text())["config"]["train"]["stop_after"] == 2
+    shutil.rmtree(home / "checkpoints")
+    assert "holds a run with --train.seed 1337, now 1" in refused(train__seed=1)
+    assert "holds a run (at step 0), expected none with --resume never" in refused(resume="never")
+    assert go(home, *EAGER, train__stop_after=1).step == 1
 
 
 def test_a_resumed_run_can_be_demanded(go: Go, tmp_path: Path) -> None:
@@ -553,7 +623,14 @@ def test_a_run_directory_with_data_that_the_manifest_says_is_other(
     assert "was trained on other data than" in refused(data__path=data)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 200_000, '{"config": 1}', '{"config": {}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("", "{", "[]", "[" * 200_000),
+        *('{"config": {"model": {}}}', '{"config": {"model": {}}, "data_hash": ""}'),
+        *('{"config": 1, "data_hash": "a"}', '{"config": {}, "data_hash": "a"}'),
+    ],
+)
 def test_a_damaged_config_json(refused: Callable[..., str], tmp_path: Path, damage: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(damage)
@@ -1036,6 +1113,8 @@ def test_the_commit_is_read_without_a_write_to_the_repository(
         ).stdout
 
     monkeypatch.setattr(run_dir, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run_dir.git_commit.__wrapped__() is None  # no repository
     git("init")
     assert run_dir.git_commit.__wrapped__() is None  # a repository without a commit
     (tmp_path / "code.py").write_text("a")
@@ -1048,3 +1127,5 @@ def test_the_commit_is_read_without_a_write_to_the_repository(
     assert (tmp_path / ".git/index").read_bytes() == index
     (tmp_path / "code.py").write_text("b")
     assert run_dir.git_commit.__wrapped__() == commit + "+"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_dir.git_commit.__wrapped__() is None  # no git
