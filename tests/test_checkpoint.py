@@ -339,7 +339,19 @@ def test_a_save_that_is_killed_leaves_the_ones_before_it(interrupted: Interrupte
     assert same_bits(restarted.restore(7, make_state(0)), make_state(7))
 
 
-def test_a_failed_save_says_so_and_the_next_one_works(checkpointer: Checkpointer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "notice",
+    [
+        Checkpointer.wait,
+        lambda checkpointer: checkpointer.save(3, make_state(3)),
+        Checkpointer.latest,
+        Checkpointer.close,
+    ],
+    ids=["wait", "save", "latest", "close"],
+)
+def test_a_failed_save_says_so_once_and_the_next_one_works(
+    checkpointer: Checkpointer, tmp_path: Path, notice: Callable[[Checkpointer], object]
+) -> None:
     checkpointer.save(1, make_state(1), metadata={})
     checkpointer.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -349,12 +361,14 @@ def test_a_failed_save_says_so_and_the_next_one_works(checkpointer: Checkpointer
         with pytest.raises(
             UserError, match=r"failed \(earlier ones are whole\): .*File too large.*; make room"
         ):
-            checkpointer.wait()
+            notice(checkpointer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpointer.latest() == 1
+    if notice is Checkpointer.close:
+        checkpointer = Checkpointer(tmp_path / "checkpoints")
     checkpointer.save(3, make_state(3), metadata={})
-    checkpointer.wait()
+    checkpointer.close()
     assert steps_in(tmp_path / "checkpoints") == ["1", "3"]
 
 
