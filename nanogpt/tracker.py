@@ -335,7 +335,7 @@ def _json_line(record: Record) -> str:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(finite) + "\n"
 
 
 def _progress(record: Record, total_steps: int, seconds_left: float | None) -> str:

@@ -84,7 +84,8 @@ class Seen(NamedTuple):
     on the second half, with others, and at validation with the first ones."""
     compiled_losses: list[float] | None = None
     refusals: list[str] | None = None
-    """Of whole parameters by a training and by an eval step, of those of another mesh, and of some only."""
+    """Of whole parameters by a training and by an eval step, of those of another mesh, of some only, and of
+    turned targets by both steps."""
     gathered_bytes: tuple[int, int] | None = None
     """Of parameters, whole: most while an evaluation used them, and those left after it."""
     graphs: list[int] | None = None
@@ -224,8 +225,12 @@ def refusals(here: Ranked, state: TrainState) -> list[str]:
     moved = tree.map(lambda leaf: sharding.place(leaf, replicas), whole)
     few = {name: leaf for name, leaf in state.params.items() if name != "ln_f.bias"}
 
+    batch = here.batch(0)
+    turned = batch._replace(targets=batch.targets.transpose(1, 2))
+    eval_step = make_eval_step(CONFIG, mesh=here.mesh, precision="float32", compile=False)
+
     def train(state: TrainState) -> object:
-        return step(state, here.batch(0))
+        return step(state, batch)
 
     def said(use: Callable[[TrainState], object], params: Params) -> str:
         try:
@@ -234,7 +239,11 @@ def refusals(here: Ranked, state: TrainState) -> list[str]:
             return str(error)
         return ""
 
-    return [said(train, whole), said(here.validate, whole), said(train, moved), said(train, few)]
+    return [
+        *(said(train, whole), said(here.validate, whole), said(train, moved), said(train, few)),
+        said(lambda state: step(state, turned), state.params),
+        said(lambda state: eval_step(state.params, turned), state.params),
+    ]
 
 
 def gathered_bytes(here: Ranked, state: TrainState) -> tuple[int, int]:

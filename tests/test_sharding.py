@@ -169,7 +169,16 @@ def test_parameters_that_are_not_laid_out_on_the_mesh_are_refused(every: Every) 
             sentence.partition(", expected a DTensor with this rank's rows; make")[0]
             for sentence in rank.refusals
         ]
-        assert said == [elsewhere, elsewhere, elsewhere, missing]
+        assert said[:4] == [elsewhere, elsewhere, elsewhere, missing]
+
+
+def test_targets_of_another_shape_are_refused_on_a_mesh(every: Every) -> None:
+    for rank in every["2"]:
+        assert rank.refusals is not None
+        turned = (
+            "the targets of a batch have shape [2, 9, 3], its inputs [2, 3, 9], expected [A, B, T] for both"
+        )
+        assert [sentence.partition(";")[0] for sentence in rank.refusals[4:]] == [turned, turned]
 
 
 def test_an_evaluation_leaves_no_gathered_parameters_behind(every: Every) -> None:

@@ -322,6 +322,13 @@ del os.environ["WANDB_MODE"]
 report["imported by disabled"] = "wandb" in sys.modules
 import wandb
 
+init, report["starts"] = wandb.init, []
+
+def noted(**arguments):
+    report["starts"].append([arguments.get(name) for name in ("mode", "resume", "id")])
+    return init(**arguments)
+
+wandb.init = noted
 follow("offline", None)
 report["id"] = (folder / "wandb_id.txt").read_text().strip()
 follow("resumed", None, from_step=3)
@@ -390,6 +397,14 @@ def test_wandb_without_a_login_keeps_the_run_offline(wandb: Report):
 def test_a_run_that_resumes_keeps_its_id_at_wandb_and_one_from_step_zero_does_not(wandb: Report):
     assert f"-{wandb['id']}" in wandb["resumed"][0]
     assert f"-{wandb['id']}" not in wandb["not logged in"][0]
+
+
+def test_a_run_that_resumes_online_goes_on_there_under_its_id(wandb: Report):
+    """Without "allow" the server starts a run of that id anew."""
+    afresh, resumed = (start for start in wandb["starts"] if start[0] == "online")
+    assert afresh == ["online", "allow", None]
+    assert resumed[:2] == ["online", "allow"]
+    assert resumed[2]
 
 
 @pytest.mark.parametrize(
