@@ -724,3 +724,34 @@ def test_two_machines_meet_and_a_mistake_on_one_ends_both_torchruns_without_a_re
     assert [line for line in err.splitlines() if "the machines meet at" not in line] == [
         f"error: rank 1 ({socket.gethostname()}): the disk is full; free some"
     ]
+
+
+LOST = """
+import os, pathlib, signal, torch
+from nanogpt.meeting import world
+from nanogpt.processes import Team
+
+with Team(world()) as team, team.connected("cpu", timeout_s=60):
+    lost = pathlib.Path(os.environ["LOST"])
+    if os.environ["MACHINE"] == "other" and not lost.exists():
+        lost.touch()
+        for pid in (os.getppid(), os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+    torch.distributed.all_reduce(torch.ones(()))
+"""
+
+
+def test_a_machine_that_was_lost_joins_again_once_it_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "a_program.py").write_text(LOST)
+    settings = {"PORT": str(free_port()), "NGPUS": "1", "JOIN_TIMEOUT": "60", "PYTHONPATH": str(tmp_path)}
+    settings |= {"LOCAL_ADDRESS": "127.0.0.1", "LOST": str(tmp_path / "lost")}
+
+    def start(role: str) -> subprocess.Popen[str]:
+        return two_nodes(role, "127.0.0.1", "a_program", MACHINE=role, **settings)
+
+    with start("head") as head:
+        with start("other") as other:
+            assert other.wait(timeout=60) == -signal.SIGKILL
+        with start("other") as again:
+            said = [process.communicate(timeout=100) for process in (again, head)]
+    assert (head.returncode, again.returncode) == (0, 0), said

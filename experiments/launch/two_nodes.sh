@@ -8,7 +8,8 @@ usage: two_nodes.sh head|other ADDRESS [MODULE [FLAG...]]
 
 Start it on both machines: as head on the one that has ADDRESS, as other on the second one.
 MODULE is experiments.gpt2_124m where none is given; FLAGs are its flags. Checkpoints need a run directory that
-both machines see. Which machine has rank 0, whose output is on the terminal, torchrun decides.
+both machines see. A second machine that was lost may be started again: the head waits for it, and both go on from
+the last checkpoint. Which machine has rank 0, whose output is on the terminal, torchrun decides.
 
   first:   experiments/launch/two_nodes.sh head  10.0.0.1 experiments.gpt2_124m --data.path data/openwebtext
   second:  experiments/launch/two_nodes.sh other 10.0.0.1 experiments.gpt2_124m --data.path data/openwebtext
@@ -54,6 +55,8 @@ done
 echo "$role on $HOSTNAME: the machines meet at $address:${PORT:-29500}, within ${JOIN_TIMEOUT:-600} s" >&2
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+# Otherwise torchrun's head never tells a machine that joins again where ranks meet, and it waits until both end.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # is_host is given because torchrun would infer it from the machine's name, which an address behind a second
 # network card does not match. Given it, torchrun also reports that a port is taken instead of waiting there.
 exec "$python" -m experiments.launch.torchrun \
