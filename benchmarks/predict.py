@@ -2,11 +2,11 @@
 
 The model: a step's matrix products and attention run at a share of the data sheet's rate, its elementwise
 work and its optimizer move bytes at a share of the data sheet's bandwidth, and the gradients' all-reduce is a
-ring, hidden behind backward as far as that lasts. Every row says whether it is measured, published, claimed
-or predicted; predictions carry the model's error on the published runs, and a measured row says how far off
-the model was. If one GPU was measured, several of its kind are also predicted from that measurement: its step
-plus what the all-reduce adds. Memory is that of a rank in `benchmarks.dry_run`, which
-`python -m benchmarks.sharding` compares with real processes.
+ring in each node and one across nodes, hidden behind backward as far as that lasts. Every row says whether it
+is measured, published, claimed or predicted; predictions carry the model's error on the published runs, and a
+measured row says how far off the model was. If one GPU was measured, several of its kind are also predicted
+from that measurement: its step plus what the all-reduce adds. Memory is that of a rank in
+`benchmarks.dry_run`, which `python -m benchmarks.sharding` compares with real processes.
 """
 
 from dataclasses import asdict, dataclass
@@ -155,12 +155,17 @@ def optimizer_s(config: GPT2Config, gpu: Gpu) -> float:
 
 
 def all_reduce_s(config: GPT2Config, machine: Machine) -> float:
-    """Seconds of a ring over all GPUs' fp32 gradients; across nodes it is as slow as the network."""
-    if machine.count == 1:
-        return 0.0
-    link = NETWORK if machine.nodes > 1 else GPUS[machine.gpu].nvlink
-    size = 4 * perf.parameter_count(config)
-    return 2 * (machine.count - 1) / machine.count * size / (LINK_SHARE * link)
+    """Seconds of a sum over all GPUs' fp32 gradients, as the state's layout asks for it.
+
+    That is a ring within each node, and one across nodes for the part that each GPU of a node keeps.
+    """
+    size, local = 4 * perf.parameter_count(config), machine.count // machine.nodes
+    return ring_s(local, size, GPUS[machine.gpu].nvlink) + ring_s(machine.nodes, size / local, NETWORK)
+
+
+def ring_s(count: int, size: float, link: float) -> float:
+    """Seconds in which a ring of `count` devices sums `size` bytes of each over links of `link` bytes/s."""
+    return 2 * (count - 1) / count * size / (LINK_SHARE * link)
 
 
 def step_s(config: GPT2Config, machine: Machine, *, total_batch_size: int, batch_size: int) -> float:

@@ -390,6 +390,9 @@ def test_one_gpu_waits_for_no_other() -> None:
     assert predict.all_reduce_s(config, predict.Machine("H100", 1)) == 0
     ring = predict.all_reduce_s(config, predict.Machine("H100", 8))
     assert ring == pytest.approx(2 * 7 / 8 * 4 * perf.parameter_count(config) / (0.7 * 450e9))
+    # Each GPU sums an eighth with its like on the other node, by an adapter of its own.
+    across = 4 * perf.parameter_count(config) / 8 / (0.7 * 50e9)
+    assert predict.all_reduce_s(config, predict.Machine("H100", 16, 2)) == pytest.approx(ring + across)
 
 
 def test_what_others_said_is_never_a_measurement() -> None:
