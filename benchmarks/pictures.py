@@ -29,7 +29,7 @@ def pictures_of(results: dict[str, Result]) -> dict[str, list[tuple[str, str]]]:
             draw_memory,
             "Memory of a step: planned by kind (hatched), and measured (marks; on a CPU with torch itself).",
         ),
-        ("peers", draw_peers, "Each contender's steps (dots) and median (bars)."),
+        ("peers", draw_peers, "A step of each contender in every turn (dots), and the median (bars)."),
         ("limit", draw_breakdown, "Seconds of a step: the floor, and what was profiled."),
         ("limit", draw_roofline, "The model's products on the measured roofline."),
         ("sharding", draw_ranks, "Memory of a rank: predicted by kind (hatched), and measured (marks)."),
@@ -84,7 +84,7 @@ def draw_speed(axes: Axes, result: Result) -> None:
                 *([model_of(row)] if several_models else []),
                 f"T = {work['model']['block_size']}",
                 work["precision"],
-                work["attention"],
+                f"{work['attention']} attention",
                 how,
             ]
         )
@@ -98,6 +98,7 @@ def draw_speed(axes: Axes, result: Result) -> None:
         (line,) = axes.plot(sizes, rates, marker="o", label=label)
         axes.vlines(sizes, slowest, fastest, linewidth=1, alpha=0.6, color=line.get_color())
     measured = sorted({size for points in lines.values() for size, _ in points})
+    axes.margins(y=0.2)  # or the highest mark would be cut
     axes.set(xlabel="sequences in a microstep", xticks=measured, ylabel="tokens/s", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
 
@@ -143,7 +144,7 @@ def draw_memory(axes: Axes, result: Result) -> None:
 
 
 def draw_peers(axes: Axes, result: Result) -> None:
-    """Every step of every contender."""
+    """The seconds that a step of every contender took in every turn, and their median."""
     names = list(result["contenders"])
     for place, name in enumerate(names):
         row = result["contenders"][name]
@@ -179,10 +180,14 @@ def draw_roofline(axes: Axes, result: Result) -> None:
     for product in products_of(work.model, work.batch_size * work.model.block_size):
         moved = width * (product.m * product.k + product.k * product.n + product.m * product.n)
         intensities.append(2 * product.m * product.k * product.n / moved)
-        axes.plot(intensities[-1], rates[product.name] / 1e9, "o", color="#2a6fdb")
+        label = None if intensities[1:] else "measured product"
+        axes.plot(intensities[-1], rates[product.name] / 1e9, "o", color="#2a6fdb", label=label)
     ends = [min(*intensities, best / bandwidth) / 4, max(intensities) * 4]
     corner = best / bandwidth
-    axes.plot([ends[0], corner, ends[1]], [ends[0] * bandwidth / 1e9, best / 1e9, best / 1e9], color="#888")
+    roof = [ends[0] * bandwidth / 1e9, best / 1e9, best / 1e9]
+    label = "measured memory bandwidth, and the best product"
+    axes.plot([ends[0], corner, ends[1]], roof, color="#888", label=label)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
 
 
