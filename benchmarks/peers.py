@@ -165,9 +165,9 @@ def compare(config: PeersConfig) -> dict[str, Any]:
 
 def contenders_of(config: PeersConfig) -> list[str]:
     """The contenders that take part. Raises UserError for one whose package is not installed."""
-    names = config.contenders or installed_contenders()
+    names = list(dict.fromkeys(config.contenders or installed_contenders()))  # each once
     check_installed(*names)
-    return list(names)
+    return names
 
 
 class Field:

@@ -205,7 +205,7 @@ def measure(config: ReportConfig, about: dict[str, Any], path: Path) -> dict[str
     results = results_of_the_same_machine(old, about, config, path)
     report = {"benchmark": "report", "facts": about, "results": results}
     check_folder(path.parent)
-    for name in config.only:
+    for name in dict.fromkeys(config.only):  # each once
         arguments = given[name]
         for word, text in filling.items():
             arguments = arguments.replace(word, text)

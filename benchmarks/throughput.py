@@ -111,6 +111,11 @@ class ThroughputConfig:
                 f"--attention {' '.join(self.attention)} with --contender {self.contender}, which has its "
                 f"own, expected auto; leave one of them out"
             )
+        if self.starts and not self.compile[0]:
+            raise UserError(
+                "--starts with an eager first row, which finds and leaves no compile cache, expected a "
+                "compiled one; set --compile True, or leave --starts out"
+            )
 
 
 def works_of(config: ThroughputConfig) -> list[Work]:

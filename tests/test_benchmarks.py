@@ -224,6 +224,11 @@ class GPT(nn.Module):
 """
 
 
+def test_a_contender_that_is_named_twice_takes_part_once() -> None:
+    config = peers.PeersConfig(contenders=("ours", "plain", "ours"))
+    assert peers.contenders_of(config) == ["ours", "plain"]
+
+
 def test_a_peer_that_fails_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "transformers.py").write_text("import an_older_hub")
     (tmp_path / "litgpt.py").write_text(FAILING_LITGPT)
@@ -830,6 +835,18 @@ def test_a_range_in_the_picture_is_of_the_steps_of_the_rate_in_its_middle() -> N
     assert (slowest, fastest) == pytest.approx((tokens / 6.0, tokens / 2.0))
 
 
+def test_the_roofline_says_what_is_measured() -> None:
+    axes = Figure().subplots()
+    results = report.read_report(report.REPORTS / "cpu-2-cores-amd-epyc-bf16.json")["results"]
+    pictures.draw_roofline(axes, results["limit"])
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "measured product",
+        "measured memory bandwidth, and the best product",
+    ]
+
+
 def test_a_table_shows_several_microsteps() -> None:
     rows = [
         throughput.row_of(replace(WORK, accumulation=count), [2.0], {"steps": 1, "whole": 2}, 3.0)
@@ -1323,6 +1340,10 @@ def test_throughput_has_a_row_for_each_combination() -> None:
         (
             lambda: report.ReportConfig(render=Path("a.json"), out=Path("b"), only=("data",)),
             "--render with --only, --out, expected it alone, since it writes .*; leave the others out, or ",
+        ),
+        (
+            lambda: throughput.ThroughputConfig(starts=True, compile=(False, True)),
+            "--starts with an eager first row, .* expected a compiled one; set --compile True, or leave ",
         ),
         (
             lambda: report.ReportConfig(only=("all",)),
