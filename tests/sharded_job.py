@@ -94,6 +94,10 @@ class Seen(NamedTuple):
     """With dropout, of one batch for all ranks: on the mesh, and alone by the key of each rank."""
     reductions: int | None = None
     """How often a step of several microsteps added up gradients over the ranks."""
+    gathers: int | None = None
+    """How often it gathered parameters."""
+    dtypes: dict[str, set[str]] | None = None
+    """In bfloat16: of what functions are called with, and of the gradients that are added up."""
     whole_leaves: int | None = None
     """Most that lived at once while a state was made."""
     own_bytes: int | None = None
@@ -187,9 +191,12 @@ def see(layout: Layout, rank: int) -> Seen:
         seen = seen._replace(half_losses=losses_of_half(half, is_second=rank >= 2))
     if layout == LAYOUTS["2"]:
         seen = seen._replace(gathered_bytes=gathered_bytes(here, first), refusals=refusals(here, first))
-        seen = seen._replace(dropped_losses=dropped_losses(here, first), reductions=reductions(here, first))
+        seen = seen._replace(dropped_losses=dropped_losses(here, first), dtypes=dtypes(here, first))
         compiled = here.train(ADAMW, "float32", 3, compile=True)
         seen = seen._replace(compiled_losses=compiled.losses, graphs=compiled.graphs)
+    if layout in (LAYOUTS["2"], LAYOUTS["2, resharded"]):
+        reductions, gathers = collectives(here, first)
+        seen = seen._replace(reductions=reductions, gathers=gathers)
     if layout == LAYOUTS["4"]:
         own = tree.leaves(sharding.local(first))
         seen = seen._replace(
@@ -272,22 +279,43 @@ def dropped_losses(here: Ranked, state: TrainState) -> list[float]:
     return [float(loss) for loss in (on_mesh(state.params, batch, key, scale)[0], *losses)]
 
 
-def reductions(here: Ranked, state: TrainState) -> int:
+def collectives(here: Ranked, state: TrainState) -> tuple[int, int]:
+    """How often a step adds up gradients, and gathers parameters."""
     value_and_grad = make_value_and_grad(CONFIG, precision="float32", **here.choices)
     with Seeing() as seeing:
         value_and_grad(state.params, here.batch(0), torch.tensor(0), torch.ones(()))
-    return sum("reduce_scatter" in name for name in seeing.names)
+    names = [name for name, _ in seeing.calls]
+    return names.count("c10d::_reduce_scatter_base_"), names.count("c10d::_allgather_base_")
+
+
+def dtypes(here: Ranked, state: TrainState) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {"blocks": set(), "outside": set()}
+    forward = sharding.Held.forward
+
+    def seeing_leaves(self: sharding.Held, *arguments: Any) -> Tensor:
+        place = "outside" if hasattr(self, "blocks") else "blocks"
+        found[place] |= {str(leaf.dtype) for leaf in self.parameters(recurse=False)}
+        return forward(self, *arguments)
+
+    sharding.Held.forward = seeing_leaves
+    value_and_grad = make_value_and_grad(CONFIG, precision="bfloat16", **here.choices)
+    with Seeing() as seeing:
+        value_and_grad(state.params, here.batch(0), torch.tensor(0), torch.ones(()))
+    sharding.Held.forward = forward
+    return found | {
+        "sums": {str(args[0].dtype) for name, args in seeing.calls if name == "c10d::_reduce_scatter_base_"}
+    }
 
 
 class Seeing(TorchDispatchMode):
-    """Notes the names of all operators that are called within it."""
+    """Notes all operators that are called within it, by name and with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.calls: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
+        self.calls.append((func.name(), args))
         return func(*args, **(kwargs or {}))
 
 

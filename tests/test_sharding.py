@@ -217,3 +217,17 @@ def test_gradients_of_several_microsteps_are_added_up_over_the_ranks_once(every:
     for rank in every["2"]:
         assert rank.accumulation == 2
         assert rank.reductions == CONFIG.n_layer + 1  # one for each block, and one for the rest
+
+
+def test_blocks_are_gathered_once_more_for_backward_if_they_are_resharded_after_forward(every: Every) -> None:
+    """In each of two microsteps; everything outside of the blocks is gathered once in each."""
+    blocks = CONFIG.n_layer
+    assert [rank.gathers for rank in every["2"]] == [2 * (blocks + 1)] * 2
+    assert [rank.gathers for rank in every["2, resharded"]] == [2 * (2 * blocks + 1)] * 2
+
+
+def test_blocks_compute_in_bfloat16_and_their_gradients_are_added_up_in_float32(every: Every) -> None:
+    for rank in every["2"]:
+        assert rank.dtypes == {
+            **{"blocks": {"torch.bfloat16"}, "outside": {"torch.float32"}, "sums": {"torch.float32"}}
+        }
