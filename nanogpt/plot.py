@@ -1,7 +1,6 @@
 """loss.png: a run's losses as a picture."""
 
 import io
-import math
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +12,8 @@ from nanogpt.tracker import Record, read_metrics
 
 SMOOTH_FROM = 50
 """From this number of training records on, a moving mean is drawn over the raw line."""
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def draw_loss(metrics_path: Path, image_path: Path, *, title: str) -> None:
@@ -61,6 +62,6 @@ def moving_mean(values: np.ndarray, *, reach: int) -> np.ndarray:
 
 
 def _points(records: list[Record], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the records that have a finite `name`."""
+    """(step, value) of the records that have a `name` which float32 can hold: matplotlib needs some room."""
     found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return [(step, value) for step, value in found if math.isfinite(value)]
+    return [(step, value) for step, value in found if abs(value) <= LARGEST]

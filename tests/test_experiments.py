@@ -21,6 +21,7 @@ from experiments.gpt2_124m import config as gpt2_124m
 from nanogpt import command, perf, sample
 from nanogpt.config import InitConfig, RunConfig
 from nanogpt.dataset import open_dataset
+from nanogpt.errors import UserError
 from nanogpt.model import GPT2Config
 from nanogpt.run import main, make_schedule, shaped
 from nanogpt.run_dir import to_json
@@ -100,6 +101,15 @@ def test_a_flag_with_an_equals_sign_means_the_home_directory_too(monkeypatch: py
     config = command.parse(RunConfig, default=gpt2_124m)
     assert config.run_dir == Path("/home/me/runs/a")
     assert config.sample.prompt == "~/b=~/c"
+
+
+@pytest.mark.parametrize("words", [["--run-dir", ""], ["--init.run_dir="], ["--plan", "--data.path", ""]])
+def test_a_folder_without_a_name_is_not_the_current_one(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiment", *words])
+    with pytest.raises(UserError, match=r"^--\S+ has an empty value, expected one that is not"):
+        command.parse(RunConfig, default=gpt2_124m)
 
 
 def test_every_field_of_the_config_has_a_flag_with_help_and_a_default() -> None:

@@ -452,6 +452,12 @@ def test_the_picture_of_a_run_of_any_length_is_a_png(tmp_path: Path, steps: int)
     assert not (tmp_path / "loss.png.part").exists()
 
 
+@pytest.mark.parametrize("loss", [1e308, 3e38, math.inf, math.nan])
+@pytest.mark.filterwarnings("error")
+def test_a_loss_beyond_all_numbers_of_a_run_spoils_no_picture(tmp_path: Path, loss: float):
+    assert draw(tmp_path, [training(step, loss=loss) for step in range(1, 4)]).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("title", ["a$_$b", "\u76ee"])
 def test_any_name_of_a_directory_is_a_title(tmp_path: Path, title: str):
     assert draw(tmp_path, [training(1, loss=9.0)], title).startswith(b"\x89PNG")
