@@ -96,6 +96,7 @@ def start_compiler() -> None:
     compiling.AsyncCompile.pool = staticmethod(lambda: pool)
     builder: Any = importlib.import_module("torch._inductor.cpp_builder")
     builder.run_compile_cmd = named_when_whole(builder.run_compile_cmd)
+    quote_libraries()
     if not torch.cuda.is_available():
         look_beside()
 
@@ -131,6 +132,13 @@ def named_when_whole(run: Callable[[str, str], None]) -> Callable[[str, str], No
             part.unlink(missing_ok=True)
 
     return call
+
+
+def quote_libraries() -> None:
+    """Lets PyTorch lie in a folder whose name has a space: of the folders in a compiler's command line it
+    quotes all but that of its own libraries."""
+    extension: Any = importlib.import_module("torch.utils.cpp_extension")
+    extension.TORCH_LIB_PATH = shlex.quote(extension.TORCH_LIB_PATH)
 
 
 def look_beside() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from nanogpt.errors import UserError
-from nanogpt.graph import as_one_graph, errors_of_inductor, look_beside, start_compiler
+from nanogpt.graph import as_one_graph, errors_of_inductor, look_beside, quote_libraries, start_compiler
 
 X86 = ["avx2", "avx512", "avx512_vnni", "amx_tile"]
 
@@ -117,6 +118,15 @@ def test_a_compiler_that_fails_is_a_sentence(script: str, what: str, tmp_path: P
         pytest.raises(UserError, match=rf"PyTorch calls fails \({re.escape(what)}.*set --train.no-compile"),
     ):
         as_one_graph(lambda x: x.sin() + 1)(torch.ones(100))
+
+
+def test_pytorch_may_lie_in_any_folder(monkeypatch: pytest.MonkeyPatch):
+    builder: Any = importlib.import_module("torch._inductor.cpp_builder")
+    folder = "/it's a (new) folder/lib"
+    monkeypatch.setattr(importlib.import_module("torch.utils.cpp_extension"), "TORCH_LIB_PATH", folder)
+    quote_libraries()
+    command = builder.CppBuilder("kernel", "kernel.cpp", builder.CppTorchOptions()).get_command_line()
+    assert f"-L{folder}" in shlex.split(command)
 
 
 def test_a_signal_of_the_terminal_does_not_reach_a_compiler():
