@@ -5,10 +5,13 @@ import dataclasses
 import importlib
 import io
 import math
+import os
 import re
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -53,6 +56,19 @@ def hardware(device: str, *, bf16_fast: bool) -> perf.Hardware:
 )
 def test_the_named_sizes_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
     assert perf.parameter_count(config_of(name).model) == parameters
+
+
+def test_the_experiments_are_those_of_the_readme() -> None:
+    rows = re.findall(
+        r"^\| `experiments\.(\w+)` \| (.+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == [name for name in NAMES if name != "quickstart"]
+    for name, parameters, peak in rows:
+        config = config_of(name)
+        assert config.optim.max_learning_rate == float(peak)
+        if re.fullmatch(r"[\d,]+", parameters):
+            assert f"{perf.parameter_count(config.model):,}" == parameters
+            assert config.optim.min_learning_rate == pytest.approx(float(peak) / 10)
 
 
 def test_the_default_is_the_published_setting_of_gpt2() -> None:
@@ -110,6 +126,19 @@ def test_a_folder_without_a_name_is_not_the_current_one(
     monkeypatch.setattr(sys, "argv", ["experiment", *words])
     with pytest.raises(UserError, match=r"^--\S+ has an empty value, expected one that is not"):
         command.parse(RunConfig, default=gpt2_124m)
+
+
+def test_a_program_that_nobody_reads_any_more_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = "from nanogpt import command\nwith command.mistakes_in_a_sentence():\n    print('a' * 10**6)"
+    for text in (program, program.replace("10**6", "10")):  # that fills the pipe, or is flushed at the end
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as pipe:
+            done = subprocess.run(
+                [sys.executable, "-c", text], cwd=ROOT, stdout=pipe, stderr=PIPE, timeout=60, check=False
+            )
+        assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_every_field_of_the_config_has_a_flag_with_help_and_a_default() -> None:

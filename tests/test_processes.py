@@ -507,7 +507,10 @@ def test_the_place_of_a_rank_is_what_torchrun_says(environment: Callable[..., No
         (["3", "4"], "expected all of RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as torchrun sets them"),
         (["0", "two", "0", "2"], "'WORLD_SIZE': 'two'.*expected all of RANK"),
         (["4", "4", "0", "2"], "'RANK': '4'.*expected ranks below sizes; start with torchrun"),
+        (["1", "2", "2", "2"], "'LOCAL_RANK': '2'.*expected ranks below sizes"),
+        (["1", "2", "1", "3"], "'LOCAL_WORLD_SIZE': '3'.*expected ranks below sizes"),
         (["0", "2", "0", "2"], "MASTER_ADDR and MASTER_PORT are not both set"),
+        (["0", "2", "0", "2", "a", "b"], "MASTER_ADDR and MASTER_PORT are not both set"),
     ],
 )
 def test_a_broken_environment_is_named(
