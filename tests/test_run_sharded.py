@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from sharded_run import CHAINS, STEPS
 
+from nanogpt import perf
+from nanogpt.model import GPT2Config
 from nanogpt.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +83,16 @@ def test_a_run_on_any_layout_has_the_losses_and_the_tokens_of_one_process(folder
         [0] * start.size for start in CHAINS[name]
     ]
     check_same_run(folder / name, folder / "1")
+
+
+def test_the_mfu_of_a_run_is_that_of_all_its_devices(folder: Path) -> None:
+    (outcome,) = outcomes(folder, "2")
+    peak = float(re.findall(r" at (\S+) TFLOP/s", outcome["said"])[0]) * 1e12  # three digits of one's
+    flops = perf.flops_per_token(GPT2Config(33, 9, 1, 2, 14), 9)
+    records = [record for record in read_metrics(folder / "2/metrics.jsonl") if "mfu" in record]
+    assert len(records) == STEPS
+    for record in records:
+        assert record["mfu"] == pytest.approx(record["tokens_per_second"] * flops / (2 * peak), rel=0.01)
 
 
 def saved_state(run_dir: Path) -> dict[str, Any]:
