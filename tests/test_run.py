@@ -637,6 +637,11 @@ def test_a_damaged_config_json(refused: Callable[..., str], tmp_path: Path, dama
     assert "config.json is not what a run wrote" in refused()
 
 
+def test_a_config_json_that_cannot_be_read(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run/config.json").mkdir(parents=True)
+    assert "config.json is not what a run wrote (IsADirectoryError" in refused()
+
+
 def test_a_directory_that_is_no_runs(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("mine")
