@@ -63,7 +63,10 @@ def test_a_timeout_that_no_collective_can_wait_for_is_refused(seconds: float) ->
     )
 
 
-@pytest.mark.parametrize(("shard", "replicate"), [(3, None), (None, 3), (2, 2), (32, None), (None, 32)])
+@pytest.mark.parametrize(
+    ("shard", "replicate"),
+    [(3, None), (None, 3), (2, 2), (32, None), (None, 32), (0, None), (None, 0), (-4, -4)],
+)
 def test_a_mesh_that_is_not_the_processes_is_refused(shard: int | None, replicate: int | None) -> None:
     with pytest.raises(UserError, match="cannot make a mesh of 16 processes"):
         mesh_shape(shard=shard, replicate=replicate, size=16, local_size=8)
