@@ -290,8 +290,9 @@ def fit_batch_size(
         return plan["total"]
 
     usable = USABLE_FRACTION * available_bytes
-    for size in range(batch_size, 0, -1):
-        if batch_size % size == 0 and total(size) <= usable:
+    small = [size for size in range(1, math.isqrt(batch_size) + 1) if batch_size % size == 0]
+    for size in (*(batch_size // divisor for divisor in small), *reversed(small)):
+        if total(size) <= usable:
             return size
     raise UserError(
         f"one sequence of {block_size:,} tokens needs {format_bytes(total(1))}, expected at most "

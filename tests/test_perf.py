@@ -294,6 +294,10 @@ def test_a_smaller_micro_batch_divides_the_one_asked_for():
     assert fit(int(total(5) / 0.9) + 1, batch_size=12) == 4
 
 
+def test_the_divisors_of_a_huge_micro_batch_are_found_at_once():
+    assert fit(int(total(5) / 0.9) + 1, batch_size=10**10) == 5
+
+
 def test_a_model_too_large_for_one_sequence_is_refused():
     with pytest.raises(UserError) as caught:
         fit(2 * 10**9)
