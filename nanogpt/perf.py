@@ -334,18 +334,29 @@ def host_memory() -> tuple[int, int]:
 
 
 def _control_groups(root: Path, membership: str) -> list[tuple[int, int]]:
-    """(limit, used) bytes of each version 2 control group with a limit, from this process's up to the root.
+    """(limit, used) bytes of each control group (version 2 or 1) with a limit, from one's own up to the root.
 
     File cache does not count as used: the kernel drops it when memory runs short.
     """
-    own = re.search(r"^0::/(.*)$", membership, re.MULTILINE)
-    group = root / (own[1] if own else "")
+    versions = (
+        (root, "0:", "memory.max", "memory.current", "inactive_file"),
+        (
+            root / "memory",
+            r"\d+:(?:\S+,)?memory(?:,\S+)?",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    )
     found = []
-    for folder in [group, *group.parents][: len(group.relative_to(root).parts) + 1]:
-        limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
-        cache = re.search(r"^inactive_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
-        if limit.isdigit() and used.isdigit():
-            found.append((int(limit), int(used) - (int(cache[1]) if cache else 0)))
+    for top, controller, limit_name, used_name, cache_name in versions:
+        own = re.search(rf"^{controller}:/(.*)$", membership, re.MULTILINE)
+        group = top / (own[1] if own else "")
+        for folder in [group, *group.parents][: len(group.relative_to(top).parts) + 1]:
+            limit, used = _read(folder / limit_name).strip(), _read(folder / used_name).strip()
+            cache = re.search(rf"^{cache_name} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+            if limit.isdigit() and used.isdigit():
+                found.append((int(limit), int(used) - (int(cache[1]) if cache else 0)))
     return found
 
 

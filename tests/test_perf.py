@@ -321,6 +321,16 @@ def test_a_container_has_the_memory_of_its_control_groups_and_file_cache_is_free
     assert perf._control_groups(tmp_path, "3:cpu:/other\n0::/job/step\n") == [(1000, 350)]
 
 
+def test_a_container_of_an_older_system_has_its_limit_too(tmp_path: Path):
+    group = tmp_path / "memory" / "job"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("1000\n")
+    (group / "memory.usage_in_bytes").write_text("600\n")
+    (group / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 250\n")
+    for name in ("memory", "cpu,memory", "memory,cpu"):
+        assert perf._control_groups(tmp_path, f"5:cpuset:/other\n4:{name}:/job/step\n0::/\n") == [(1000, 350)]
+
+
 def test_a_machine_without_control_groups_has_no_limit(tmp_path: Path):
     assert perf._control_groups(tmp_path, "") == []
 
