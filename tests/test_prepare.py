@@ -747,6 +747,13 @@ def test_a_row_of_parquet_that_is_not_utf_8_is_named(tmp_path, capsys):
     assert f"{path} row 300 has 0xe9 at byte 3, expected UTF-8" in message
 
 
+def test_a_row_of_parquet_with_a_date_that_python_lacks_is_named(tmp_path, capsys):
+    dates = pyarrow.array([10**7], pyarrow.date32())
+    pyarrow.parquet.write_table(pyarrow.table({"text": dates}), path := tmp_path / "a.parquet")
+    message = error_of(capsys, path, "--out", tmp_path / "out")
+    assert f"{path} row 0 holds a Date32Scalar, expected a text" in message
+
+
 def test_parquet_with_a_column_whose_name_is_not_utf_8_is_named(tmp_path, capsys):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": ["a"], "cafX": ["b"]})

@@ -104,6 +104,8 @@ def python_values(values: pyarrow.Array) -> list[Any]:
         return values.to_pylist()
     except UnicodeDecodeError:
         return values.cast(pyarrow.large_binary()).to_pylist()
+    except (OverflowError, ValueError, KeyError):  # dates that Python lacks are no texts in any case
+        return list(values)
 
 
 def open_parquet(name: str, cached: bool) -> pq.ParquetFile:
