@@ -1310,7 +1310,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(documents, tmp_path,
     errors = capsys.readouterr().err
     assert "\r" not in errors
     assert re.search(
-        rf"^{len(documents):,} documents, 0\.\d M tokens, \w+ [\d.]+ M tokens/s, \d+ MB/s$",
+        rf"^{len(documents):,} documents, [\d.]+K tokens, \w+ [\d.]+[KM] tokens/s, [\d.]+ [KM]B/s$",
         errors,
         re.MULTILINE,
     )

@@ -6,7 +6,7 @@ import time
 from typing import TextIO
 
 from nanogpt.prepare.shards import Record
-from nanogpt.units import format_seconds
+from nanogpt.units import format_bytes, format_count, format_seconds
 
 OPENWEBTEXT_TOKENS = 9_035_582_198 + 4_434_897
 ESTIMATE_AFTER_S = 3.0
@@ -80,11 +80,11 @@ class Progress:
 
     def _counts(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        counts = f"{self._documents:,} documents, {self._tokens / 1e6:,.1f} M tokens, {self._engine}"
+        counts = f"{self._documents:,} documents, {format_count(self._tokens)} tokens, {self._engine}"
         if not self._new_tokens:
             return counts
-        rates = f"{self._rate() / 1e6:.1f} M tokens/s, {self._new_text_bytes / seconds / 1e6:.0f} MB/s"
-        return f"{counts} {rates}"
+        bytes_per_second = format_bytes(self._new_text_bytes / seconds)
+        return f"{counts} {format_count(self._rate())} tokens/s, {bytes_per_second}/s"
 
     def _line(self) -> str:
         if not self._source_bytes or not self._new_read:
