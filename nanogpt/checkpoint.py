@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt import tree
+from nanogpt import folders, tree
 from nanogpt.arrays import Arrays, Index, Part, to_array, to_tensor
 from nanogpt.errors import UserError
 from nanogpt.ranks import Ranks
@@ -307,7 +307,7 @@ def _require_step(directory: Path, step: int) -> None:
 
 def _require_room(directory: Path, need_bytes: int) -> None:
     """Raise UserError unless `directory`, or the folder it would be made in, is writable and has the room."""
-    folder = next(path for path in (directory, *directory.parents) if path.exists())
+    folder = folders.nearest(directory)
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise UserError(
             f"checkpoints cannot be saved to {directory}: {folder} is not a folder that you may write to; "

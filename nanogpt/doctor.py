@@ -22,7 +22,7 @@ import torch
 from torch.cuda import nccl as cuda_nccl
 
 import nanogpt
-from nanogpt import command, perf, tracker
+from nanogpt import command, folders, perf, tracker
 from nanogpt.data import open_tokens
 from nanogpt.dataset import BUNDLED, find_folder
 from nanogpt.errors import UserError
@@ -147,8 +147,7 @@ def facts(team: Team, device_type: str, run_dir: Path) -> Facts:
         capability = "{}.{}".format(*torch.cuda.get_device_capability(index))
         precision = perf.default_precision(seen)
         gpus.append(Gpu(index, seen.name, capability, precision, seen.total_bytes, seen.available_bytes))
-    folders = [run_dir.absolute(), *run_dir.absolute().parents]
-    existing = next(folder for folder in folders if os.path.exists(folder))  # Path's own refuses long names
+    existing = folders.nearest(run_dir)
     can_write = existing.is_dir() and os.access(existing, os.W_OK)
     team.gather("")  # all ranks get past this at the same moment, to within a query to the store
     clock_s = time.time()

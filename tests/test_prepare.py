@@ -371,6 +371,16 @@ def test_ctrl_c_ends_a_run_at_once_and_leaves_no_process(moment: str, documents,
     assert processes_of_session(process.pid) == []
 
 
+def test_ctrl_c_is_one_line_from_the_first_moment(monkeypatch, capsys):
+    class Interrupted(io.TextIOWrapper):
+        def reconfigure(self, **settings: object) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", Interrupted(io.BytesIO()))
+    assert main(["verify", "nowhere"]) == 130
+    assert capsys.readouterr().err == "stopped; the same command continues where it was\n"
+
+
 def processes_of_session(session: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -594,13 +604,16 @@ def test_the_lock_of_a_process_that_has_just_removed_it_is_none(tmp_path, monkey
         pass
 
 
-def test_a_file_system_without_locks_needs_none(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_needs_none_and_is_said_to_be_one(tmp_path, monkeypatch, capsys):
     def without_locks(file: io.TextIOBase, operation: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", without_locks)
     source = write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
     assert prepared(source, tmp_path / "out") == plain_loop(["one", "two"])
+    assert (
+        "/lock cannot be locked (Function not implemented); see to it that nothing" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "add"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt import __version__
+from nanogpt import __version__, folders
 from nanogpt.cores import usable_cores
 from nanogpt.errors import UserError
 from nanogpt.prepare.config import SPLIT_FRACTION, Options, PrepareConfig, choose_engine
@@ -209,7 +209,7 @@ def finished_manifest(config: PrepareConfig, source: Source, settings: dict[str,
 
 def check_disk(config: PrepareConfig, source: Source) -> None:
     """Raises UserError if `config.out` cannot be written, or what is made there would not fit."""
-    existing = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
+    existing = folders.nearest(config.out)
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"cannot write to {existing}, expected a folder of yours; choose another --out")
     if source.text_bytes is None or config.limit is not None:

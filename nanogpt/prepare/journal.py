@@ -64,8 +64,12 @@ def has_locked(file: TextIO) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except (BlockingIOError, FileNotFoundError):
         return False
-    except OSError:
-        return True  # a file system without locks
+    except OSError as error:
+        sys.stderr.write(
+            f"warning: {file.name} cannot be locked ({error.strerror}); see to it that nothing else prepares "
+            "this folder meanwhile\n"
+        )
+        return True
 
 
 class Journal:
