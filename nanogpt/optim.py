@@ -229,8 +229,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> Transform:
     return elementwise(init, update, numbers=corrections)
 
 
-def add_decayed_weights(weight_decay: Number, mask: Callable[[Tree], Tree]) -> Transform:
-    """Adds weight_decay * parameter to the updates where `mask(params)` is True.
+def add_decayed_weights(weight_decay: Number, mask: Tree | Callable[[Tree], Tree]) -> Transform:
+    """Adds weight_decay * parameter to the updates where `mask`, or `mask(params)`, is True.
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
@@ -238,7 +238,8 @@ def add_decayed_weights(weight_decay: Number, mask: Callable[[Tree], Tree]) -> T
     def decays(opt_state: OptState, params: Tree) -> Tree:
         device = tree.leaves(params)[0].device
         some, none = (as_scalar(decay, device) for decay in (weight_decay, 0.0))
-        return tree.map(lambda decayed: some if decayed else none, mask(params))
+        decayed_leaves = mask(params) if callable(mask) else mask
+        return tree.map(lambda decayed: some if decayed else none, decayed_leaves)
 
     def update(updates: Tree, opt_state: OptState, params: Tree, numbers: Tree) -> tuple[Tree, OptState]:
         return tree.map(lambda u, p, decay: u + decay * p, updates, params, numbers), opt_state
@@ -283,9 +284,9 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: Number = 0.01,
-    decay_mask: Callable[[Tree], Tree] = matrices,
+    decay_mask: Tree | Callable[[Tree], Tree] = matrices,
 ) -> Transform:
-    """Adam, with decoupled weight decay where `decay_mask(params)` is True.
+    """Adam, with decoupled weight decay where `decay_mask`, or as a function `decay_mask(params)`, is True.
 
     Source: Loshchilov and Hutter 2019. Raises UserError for a beta outside [0, 1).
     """

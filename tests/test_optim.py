@@ -87,13 +87,14 @@ def test_matrices_are_decayed_and_vectors_are_not():
     assert matrices(random_like(0)) == {name: len(shape) == 2 for name, shape in SHAPES.items()}
 
 
-def test_a_decay_mask_of_ones_own_is_honoured():
+def only_bias(params: dict[str, Any]) -> dict[str, bool]:
+    return {name: name.endswith("bias") for name in params}
+
+
+@pytest.mark.parametrize("mask", [only_bias, only_bias(SHAPES)], ids=["a function", "its result"])
+def test_a_decay_mask_of_ones_own_is_honoured(mask: Any):
     zeros = tree.map(torch.zeros_like, random_like(0))
-
-    def only_bias(params: dict[str, Any]) -> dict[str, bool]:
-        return {name: name.endswith("bias") for name in params}
-
-    optimizer = adamw(0.5, weight_decay=0.1, decay_mask=only_bias)
+    optimizer = adamw(0.5, weight_decay=0.1, decay_mask=mask)
     updates, _ = optimizer.update(zeros, optimizer.init(zeros), random_like(0))
     assert {name for name, leaf in updates.items() if leaf.count_nonzero()} == {"h.0.attn.c_attn.bias"}
 
