@@ -307,8 +307,7 @@ def compiler_findings(device_type: str) -> list[Finding]:
 
 def wandb_findings() -> list[Finding]:
     """How a run without --track.wandb would be tracked."""
-    mode = os.environ.get("WANDB_MODE")
-    if mode:
+    if mode := tracker.wandb_mode():
         return [Finding("ok", "W&B", f"WANDB_MODE is {mode}")]
     if tracker.is_logged_in():
         return [Finding("ok", "W&B", "logged in; runs are online")]

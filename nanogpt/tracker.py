@@ -203,8 +203,8 @@ def _write_atomically(path: Path, content: bytes) -> None:
 class WandB:
     """Sends records to Weights & Biases; a failure there is reported in one line and never stops the run.
 
-    `mode` None means WANDB_MODE or, if that is not set, online when logged in and offline otherwise. Nothing
-    ever prompts for a key. If online does not start within WANDB_START_TIMEOUT_S, records go to files
+    `mode` None means WANDB_MODE or, if that is empty or not set, online when logged in and offline otherwise.
+    Nothing ever prompts for a key. If online does not start within WANDB_START_TIMEOUT_S, records go to files
     (offline), which `wandb sync` uploads. Files are in `directory`/wandb; `directory`/wandb_id.txt holds the
     run's id at W&B, under which a resumed run (`from_step` > 0) continues. `say` prints the line.
     """
@@ -221,7 +221,7 @@ class WandB:
     ) -> None:
         self._say = say
         self._run: Any = None
-        wanted = mode or os.environ.get("WANDB_MODE")
+        wanted = mode or wandb_mode()
         if wanted == "disabled":
             return
         with _Attempt() as attempt:
@@ -304,6 +304,14 @@ def _start_wandb(**arguments: Any) -> Any:
     )
     wandb.setup(settings=settings)
     return wandb.init(settings=settings, **arguments)
+
+
+def wandb_mode() -> str | None:
+    """WANDB_MODE; None if it is empty, which wandb itself would refuse: so it is unset, as is meant."""
+    mode = os.environ.get("WANDB_MODE", "").strip()
+    if not mode:
+        os.environ.pop("WANDB_MODE", None)
+    return mode or None
 
 
 def is_logged_in() -> bool:

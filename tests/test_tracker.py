@@ -329,6 +329,7 @@ def noted(**arguments):
     return init(**arguments)
 
 wandb.init = noted
+os.environ["WANDB_MODE"] = ""  # as if it were not set
 follow("offline", None)
 report["id"] = (folder / "wandb_id.txt").read_text().strip()
 follow("resumed", None, from_step=3)
