@@ -309,8 +309,11 @@ def wandb_findings() -> list[Finding]:
     """How a run without --track.wandb would be tracked."""
     if mode := tracker.wandb_mode():
         return [Finding("ok", "W&B", f"WANDB_MODE is {mode}")]
-    if tracker.is_logged_in():
-        return [Finding("ok", "W&B", "logged in; runs are online")]
+    try:
+        if tracker.is_logged_in():
+            return [Finding("ok", "W&B", "logged in; runs are online")]
+    except ImportError as error:
+        return [Finding("warning", "W&B", f"cannot be imported ({error}); runs are not tracked there")]
     return [Finding("ok", "W&B", "not logged in; runs are offline until `wandb login`")]
 
 

@@ -148,6 +148,14 @@ def test_the_mode_of_wandb_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.wandb_findings() == [Finding("ok", "W&B", "WANDB_MODE is disabled")]
 
 
+def test_a_wandb_that_cannot_be_imported_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (finding,) = doctor.wandb_findings()
+    assert finding.level == "warning"
+    assert finding.text.startswith("cannot be imported (import of wandb halted; ")
+
+
 def test_what_is_well_is_not_in_the_preflight_of_a_run(tmp_path: Path) -> None:
     found = doctor.preflight(Team(World(0, 1, 0, 1)), "cpu", tmp_path / "a run")
     assert {finding.level for finding in found} <= {"warning", "error"}
