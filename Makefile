@@ -27,6 +27,9 @@ export UV_COMPILE_BYTECODE ?= 1
 # The uv on the PATH if it runs, else a private one.
 UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
 
+# If the Python of .venv is gone, as after an upgrade of the system's, or too old, .venv is made again.
+UNUSABLE := $(if $(shell .venv/bin/python -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),,FORCE)
+
 # uv needs a cache that it can write: in .uv if the home directory cannot be written.
 ifeq ($(shell cache="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$cache" 2>/dev/null && test -w "$$cache" || echo no),no)
 export UV_CACHE_DIR ?= .uv/cache
@@ -44,7 +47,7 @@ define as_pip_is_set
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help environment uv uvlock venv train shakespeare test lint format ddp-train doctor gpu-status kill-gpu gpu-hot clean
+.PHONY: FORCE help environment uv uvlock venv train shakespeare test lint format ddp-train doctor gpu-status kill-gpu gpu-hot clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -104,7 +107,9 @@ clean: ## remove .venv, .uv and caches; runs/ and data/ stay
 	python3 -m venv .uv
 	.uv/bin/python -m pip install --quiet uv
 
-.venv/pyvenv.cfg: | $(filter .uv/bin/uv,$(UV))
+FORCE:
+
+.venv/pyvenv.cfg: $(UNUSABLE) | $(filter .uv/bin/uv,$(UV))
 	$(UV) venv --quiet --allow-existing --python "$$PYTHON_VERSION" .venv
 
 # Two steps, so that the build backend of the editable install is the pinned one. `install`, not `sync`: on a GPU

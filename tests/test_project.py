@@ -105,6 +105,21 @@ def test_help_lists_every_target() -> None:
     assert {"environment", "train", "test", "lint", "ddp-train", "gpu-status"} <= set(listed)
 
 
+def test_a_venv_whose_python_is_gone_is_made_again(tmp_path: Path) -> None:
+    for name in ("requirements.lock", "pyproject.toml", ".venv/pyvenv.cfg", ".venv/.installed"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    command = ["make", "--dry-run", f"--makefile={ROOT / 'Makefile'}", "environment"]
+    (tmp_path / ".venv/bin").mkdir()
+    python = tmp_path / ".venv/bin/python"
+    for there, steps in ((sys.executable, False), ("/nowhere/python", True)):
+        python.unlink(missing_ok=True)
+        python.symlink_to(there)
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        assert ("venv --quiet" in said.stdout) == steps
+        assert ("--editable ." in said.stdout) == steps
+
+
 def test_every_line_of_the_lock_is_a_plain_pin() -> None:
     plain = re.compile(r"[a-z0-9][a-z0-9.-]*==[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+|\.post[0-9]+)?( ; [^:@]+)?")
     lines = (ROOT / "requirements.lock").read_text().splitlines()
