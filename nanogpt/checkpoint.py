@@ -306,7 +306,13 @@ def _require_step(directory: Path, step: int) -> None:
 
 
 def _require_room(directory: Path, need_bytes: int) -> None:
-    """Raise UserError unless `directory`, or the folder it would be made in, is writable and has the room."""
+    """Raise UserError unless `directory`, or the folder it would be made in, is writable and has the room,
+    and its name is one that Orbax takes."""
+    if any("\udc80" <= character <= "\udcff" for character in str(directory.absolute())):
+        raise UserError(
+            f"checkpoints cannot be saved to {str(directory)!a}, expected a name in UTF-8; choose another "
+            "directory, or a locale that is UTF-8"
+        )
     folder = folders.nearest(directory)
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise UserError(

@@ -469,6 +469,13 @@ def test_a_flipped_bit_of_an_array_is_noticed(checkpointer: Checkpointer, tmp_pa
         load_params(tmp_path / "checkpoints")
 
 
+def test_a_directory_whose_name_is_not_utf_8_is_refused_before_a_run_starts(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^checkpoints cannot be saved to '.*\\udcff', expected a name in UTF-8"
+    ):
+        Checkpointer(tmp_path / os.fsdecode(b"\xff")).check(make_state(0))
+
+
 def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     blocked = Checkpointer(tmp_path / "file" / "checkpoints")
