@@ -148,7 +148,9 @@ def other_work(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[
     old, new = (result.get("results", {result["benchmark"]: result}) for result in (before, after))
     for name in sorted(old.keys() & new.keys()):
         for key in WORK_KEYS:
-            one, other = (result[name].get(key, {}) for result in (old, new))
+            one, other = (result[name].get(key) for result in (old, new))
+            if one is None or other is None:
+                continue
             if not isinstance(one, dict) or not isinstance(other, dict):
                 one, other = {key: one}, {key: other}
             for word in sorted(one.keys() & other.keys()):

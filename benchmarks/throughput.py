@@ -87,7 +87,8 @@ class ThroughputConfig:
     contender: Literal["ours", "plain", "hugging_face", "litgpt"] = "ours"
     """Whose step."""
     steps: int = 10
-    """Timed steps of each row, at least 2; 3 more come first."""
+    """Timed steps of each row, at least 2; 3 more come first. On CUDA in 5 turns of a fifth of them each,
+    at least one, and rounded down."""
     starts: bool = False
     """Also time the first row's first step twice, with an empty compile cache of its own: cold, then warm in
     a new process."""

@@ -605,6 +605,8 @@ def test_what_was_not_asked_for_in_the_same_way_is_named() -> None:
     assert list(compare.other_work(*meshes)) == [("throughput", "shard 1 and 2")]
     files = ({"benchmark": "data", "file_bytes": size} for size in (1, 2))
     assert list(compare.other_work(*files)) == [("data", "file_bytes 1 and 2")]
+    failed = {"benchmark": "limit", "error": "python -m benchmarks.limit ended with status 1"}
+    assert not list(compare.other_work({"benchmark": "limit", "contender": "ours"}, failed))
     peer = ({"benchmark": "peers", "versions": {"transformers": version}} for version in ("4.9", "5.0"))
     assert list(compare.other_work(*peer)) == [("peers", "transformers 4.9 and 5.0")]
 
