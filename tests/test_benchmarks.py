@@ -176,12 +176,12 @@ def test_a_benchmark_that_is_terminated_leaves_no_file_and_no_process(tmp_path: 
 
 def test_a_ctrl_c_ends_the_command_that_is_timed(tmp_path: Path) -> None:
     source = tmp_path / "corpus.txt"
-    source.write_text("text")
-    ctrl_c = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))  # the command imports for longer
+    source.write_text("some text " * 2_000_000)  # takes seconds
+    ctrl_c = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     ctrl_c.start()
     with pytest.raises(KeyboardInterrupt):
         prepare.command(source, tmp_path / "out", "tiktoken", 1)
-    assert not Path(tmp_path, "out").exists()
+    assert not Path(tmp_path, "out", "train.bin").exists()
 
 
 def test_a_benchmark_whose_output_nobody_reads_ends_without_a_word() -> None:
@@ -1432,18 +1432,17 @@ def test_a_quick_run_is_of_the_file_that_it_is_given() -> None:
     assert prepare.PrepareBenchmark(source=path).small.source == path
 
 
-def test_a_command_with_a_blank_can_be_typed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, commands = tmp_path / "a b" / "gpu.json", []
-
-    def run(command: list[str], **how: Any) -> SimpleNamespace:
-        commands.append(command)
-        return SimpleNamespace(returncode=0, stdout="{}")
-
-    monkeypatch.setattr(report.subprocess, "run", run)
-    report.measure(report.ReportConfig(only=("predict",)), H100, path)
-    assert commands[0][-2:] == ["--measured", os.path.relpath(path)]
-    monkeypatch.setattr(sys, "argv", ["predict", *commands[0][-2:]])
-    assert facts("cpu")["command"].endswith(f"--measured '{os.path.relpath(path)}'")
+def test_a_command_with_a_blank_can_be_typed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a b" / "gpu.json"
+    relative = os.path.relpath(path)
+    report.measure(report.ReportConfig(only=("predict",)), H100, path)  # there is nothing to read yet
+    typed, read, *_ = capfd.readouterr().err.splitlines()
+    assert typed == f"python -m benchmarks.predict --measured '{relative}'"
+    assert read.startswith(f"error: {relative} cannot be read as a result")
+    monkeypatch.setattr(sys, "argv", ["predict", "--measured", relative])
+    assert facts("cpu")["command"].endswith(f"--measured '{relative}'")
 
 
 @pytest.mark.parametrize(
