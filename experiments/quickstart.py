@@ -9,6 +9,7 @@ the real batch. Expected: the loss falls from 10.9 to below 6.6 at step 40; on a
 
 import dataclasses
 import os
+import shlex
 import sys
 
 import torch
@@ -29,7 +30,7 @@ from nanogpt.run import main
 NEXT = """
 {run_dir} is at step {step}. What next:
   the picture      {run_dir}/loss.png
-  more text        {python} -m nanogpt.sample --run-dir {run_dir} --prompt "KING:"
+  more text        {python} -m nanogpt.sample --run-dir {quoted} --prompt "KING:"
   readable text    make shakespeare
   the real run     {python} -m nanogpt.prepare openwebtext --out data/openwebtext
                    {python} -m experiments.gpt2_124m --run-dir runs/openwebtext
@@ -70,8 +71,8 @@ def quickstart(default: RunConfig) -> None:
     """Runs as the command line says, and then prints what to do next."""
     result = main(default)
     if result is not None:
-        python = os.path.relpath(sys.executable)
-        print(NEXT.format(python=python, run_dir=result.run_dir, step=result.step))
+        python, quoted = os.path.relpath(sys.executable), shlex.quote(str(result.run_dir))
+        print(NEXT.format(python=python, run_dir=result.run_dir, quoted=quoted, step=result.step))
 
 
 config = budget(perf.detect(torch.device("cuda" if torch.cuda.is_available() else "cpu")))

@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import shlex
 import weakref
 import zlib
 from collections.abc import Callable, Generator
@@ -243,7 +244,7 @@ def require_ids(batch: Batch, vocab_size: int, folder: Path) -> None:
     if largest >= vocab_size:
         raise UserError(
             f"{folder} has token id {largest}, expected ids below {vocab_size:,}, as its manifest says; find "
-            f"what is damaged with python -m nanogpt.prepare verify {folder}"
+            f"what is damaged with python -m nanogpt.prepare verify {shlex.quote(str(folder))}"
         )
 
 

@@ -1,5 +1,6 @@
 """The data folder of a run: found, opened and checked before anything is computed with it."""
 
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +63,14 @@ def find_folder(path: str | None) -> tuple[Path, str]:
     if not is_folder(folder) and folder.exists():
         raise UserError(
             f"{folder} is a file, expected a folder with train.bin and val.bin; set --data.path to the one "
-            f"that holds them, or make one of a text with python -m nanogpt.prepare {folder} --out "
-            f"data/{folder.stem}"
+            f"that holds them, or make one of a text with python -m nanogpt.prepare "
+            f"{shlex.quote(str(folder))} --out {shlex.quote(f'data/{folder.stem}')}"
         )
     if not is_folder(folder):
         raise UserError(
             f"no data folder at {folder}; set --data.path to a folder with train.bin and val.bin or to "
-            f"shakespeare, or prepare one with python -m nanogpt.prepare openwebtext --out {folder}"
+            f"shakespeare, or prepare one with python -m nanogpt.prepare openwebtext --out "
+            f"{shlex.quote(str(folder))}"
         )
     return folder, ""
 

@@ -11,6 +11,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -285,12 +286,13 @@ class Import:
         }
         with contextlib.closing(checkpointer):
             checkpointer.save(0, {"params": params}, metadata=about)
+        where = shlex.quote(str(self.run_dir))
         without, write = " without a tokenizer, since theirs is not GPT-2's", ""
         if tokenizer is not None:
-            without, write = "", f"write text with python -m nanogpt.sample --run-dir {self.run_dir}, or "
+            without, write = "", f"write text with python -m nanogpt.sample --run-dir {where}, or "
         print(
             f"{sum(map(torch.numel, params.values())):,} parameters of {self.source} are in {self.run_dir}"
-            f"{without}; {write}go on with python -m experiments.finetune --init.run-dir {self.run_dir}"
+            f"{without}; {write}go on with python -m experiments.finetune --init.run-dir {where}"
         )
 
 

@@ -11,6 +11,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def run_here(config: RunConfig, team: Team) -> RunResult | None:
         console.message(
             f"nothing to do: {config.run_dir} is at step {plan.start}, and this run ends at step "
             f"{plan.last}; see its {PICTURE}, or write text with "
-            f'python -m nanogpt.sample --run-dir {config.run_dir} --prompt "..."'
+            f'python -m nanogpt.sample --run-dir {shlex.quote(str(config.run_dir))} --prompt "..."'
         )
         return RunResult(None, plan.start, None, None, config.run_dir)
     if plan.hardware.device.type == "cpu":

@@ -13,6 +13,7 @@ import json
 import math
 import netrc
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -234,7 +235,8 @@ class WandB:
             if self._run is None:
                 self._run = start(mode="offline")
             id_path.write_text(f"{self._run.id}\n")
-            where = self._run.url or f"offline{why}; `wandb sync {Path(self._run.dir).parent}` uploads it"
+            own = shlex.quote(str(Path(self._run.dir).parent))
+            where = self._run.url or f"offline{why}; `wandb sync {own}` uploads it"
             self._say(f"Weights & Biases: {where}")
         self._give_up_if(attempt)
 

@@ -178,11 +178,15 @@ def test_the_quickstart_may_be_started_twice_and_says_what_is_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     write_tokens(tmp_path / "data", np.arange(400) % 32)
-    line = arguments(*EAGER, data__path=tmp_path / "data", run_dir=tmp_path / "run", train__max_steps=3)
+    line = arguments(*EAGER, data__path=tmp_path / "data", run_dir=tmp_path / "a run", train__max_steps=3)
     monkeypatch.setattr(sys, "argv", ["quickstart", *line])
-    for _ in range(2):
+    for times in (1, 2):
         quickstart.quickstart(gpt2_124m)
-        assert f"{tmp_path}/run is at step 3. What next:" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"{tmp_path}/a run is at step 3. What next:" in said
+        command = f"-m nanogpt.sample --run-dir '{tmp_path}/a run' --prompt"  # as a shell wants it
+        assert said.count(command) == times
+        assert said.count("nothing to do") == times - 1
     monkeypatch.setattr(sys, "argv", ["quickstart", *line, "--plan"])
     quickstart.quickstart(gpt2_124m)
     assert "What next" not in capsys.readouterr().out

@@ -479,11 +479,11 @@ def test_a_missing_data_folder(refused: Callable[..., str], tmp_path: Path) -> N
 
 
 def test_a_text_in_the_place_of_the_data_folder(refused: Callable[..., str], tmp_path: Path) -> None:
-    text = tmp_path / "plays.txt"
+    text = tmp_path / "two plays.txt"
     text.write_text("To be")
     said = refused(data__path=text)
     assert "plays.txt is a file, expected a folder with train.bin and val.bin; set --data.path" in said
-    assert f"python -m nanogpt.prepare {text} --out data/plays" in said
+    assert f"python -m nanogpt.prepare '{text}' --out 'data/two plays'" in said
 
 
 def test_a_data_folder_that_the_system_does_not_show(refused: Callable[..., str]) -> None:
